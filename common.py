@@ -1,0 +1,274 @@
+"""What every stage shares, kept small and dull: errors, JSONL, run records, processes, models.
+
+Nothing here knows about the method. There are no base classes, registries, callbacks or configuration files: a stage
+calls these functions and stays a script that reads from top to bottom.
+"""
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Bad input. The message names the flag, or the file and line, to change; the script prints it and exits with 2."""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+def read_jsonl(path: str | Path, fields: tuple[str, ...] = (), drop_torn: bool = False) -> list[dict]:
+    """Records of a JSONL file, one object a line.
+
+    drop_torn=True forgets a last line without a newline, which is what a killed writer leaves behind.
+    Raises UserError naming `path:line` for a missing file, a malformed line or a missing field.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    if drop_torn:
+        lines = lines[:-1]
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{number}: not JSON ({e})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+        for field in fields:
+            if field not in record:
+                raise UserError(f"{path}:{number}: no field {field!r}")
+        records.append(record)
+    return records
+
+
+def to_line(record: dict) -> str:
+    # Lone surrogates are legal in a str but not in UTF-8: ASCII escapes keep any text a model can produce writable.
+    return json.dumps(record, ensure_ascii=True) + "\n"
+
+
+def append_jsonl(path: str | Path, records: list[dict]) -> None:
+    """Append in one write, so that a kill leaves whole lines and at most one torn one."""
+    with open(path, "a", encoding="ascii") as f:
+        f.write("".join(map(to_line, records)))
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write aside and rename: a reader sees the old file or the new one, never half of it."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def repair_tail(path: Path) -> None:
+    """Cut a torn last line off a file that is about to be appended to."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+
+
+def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
+    """Where each keyed record is: {(id, sample): (path, offset, bytes, keep(record))}.
+
+    Streams, so that files larger than memory will do. Raises UserError naming path:line for a malformed record.
+    """
+    found = {}
+    for path in paths:
+        offset = 0
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    record = json.loads(line)
+                    found[record["id"], record["sample"]] = (path, offset, len(line), keep(record))
+                except (ValueError, KeyError, TypeError) as e:
+                    raise UserError(f"{path}:{number}: not a record of this stage ({e!r})") from None
+                offset += len(line)
+    return found
+
+
+def open_part(out: Path, name: str, keep) -> tuple[Path, dict]:
+    """This rank's part file to append to, and scan() of what all ranks have finished so far, whoever they were."""
+    part = out / f"{name}.rank{rank()}.part"
+    repair_tail(part)
+    barrier()
+    done = scan(sorted(out.glob(f"{name}.rank*.part")), keep)
+    barrier()  # nobody appends before everybody has read
+    return part, done
+
+
+def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
+    """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample, and removes them."""
+    barrier()
+    if rank() == 0:
+        parts = sorted(out.glob(f"{name}.rank*.part"))
+        index = scan(parts, keep=lambda record: None)
+        aside = out / f"{name}.jsonl.tmp"
+        with open(aside, "wb") as f:
+            for key in sorted(index, key=lambda k: (order[k[0]], k[1])):
+                path, offset, size, _ = index[key]
+                with open(path, "rb") as source:
+                    source.seek(offset)
+                    f.write(source.read(size))
+        os.replace(aside, out / f"{name}.jsonl")
+        for path in parts:
+            path.unlink()
+    barrier()
+
+
+def file_digest(path: str | Path) -> str:
+    """A short hash of a file's content, to notice that the data of a run changed. Raises UserError if unreadable."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] = (), **facts) -> Path:
+    """Make the output folder and its run.json, or check that the folder was begun with the same settings.
+
+    free: flags that may differ when a run continues, since they do not change its result (batch size, device, ...).
+    facts: anything else the result depends on (a digest of the data, say). Rank 0 writes; every rank checks.
+    Raises UserError naming the first difference.
+    """
+    out = Path(out)
+    settings = {k: v for k, v in sorted(vars(args).items()) if k not in free + ("out",)} | facts
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
+    record = out / "run.json"
+    if record.exists():
+        before = json.loads(record.read_text())["settings"]
+        for key in sorted(before.keys() | settings.keys()):
+            if before.get(key) != settings.get(key):
+                flag = "--" + key.replace("_", "-")
+                raise UserError(f"--out {out} holds a run with {flag} {before.get(key)!r}, and this one asks for "
+                                f"{settings.get(key)!r}: choose another --out, or the same settings to continue")
+    elif rank() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                             text=True, check=False)
+        import transformers
+        write_atomic(record, json.dumps({
+            "argv": sys.argv, "settings": settings, "git": git.stdout.strip() or None, "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__, "processes": world_size(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
+    barrier()
+    return out
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: object) -> list:
+    """Every rank's value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def pick_device(name: str) -> torch.device:
+    """--device auto is this process's own GPU where there is one, else the CPU."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA device is visible")
+        torch.cuda.set_device(device)
+    return device
+
+
+def run_script(get_args, main) -> None:
+    """Parse, start the process group if torchrun asked for one, run main(args), and report a UserError in one line."""
+    args = get_args()
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo",
+                                    timeout=timedelta(hours=2))
+        main(args)
+    except UserError as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+def add_model_args(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    parser.add_argument("--model", required=True, nargs="+" if several else None,
+                        help="[ours] Hugging Face causal LM: a folder or a hub id")
+    parser.add_argument("--device", default="auto", help="[ours] auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="[ours] auto: float32 on a CPU, bfloat16 on a GPU")
+
+
+def load_model(args: argparse.Namespace, device: torch.device, train: bool = False):
+    """The model, its tokenizer and a `vocab` size: ids at or beyond it have embedding rows but no token.
+
+    safetensors only, no remote code; dtype is given at construction, since `.to(bfloat16)` would round RoPE's
+    frequencies. train=True keeps float32 master weights. Raises UserError naming --model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dtype = {"auto": torch.float32 if device.type == "cpu" or train else torch.bfloat16,
+             "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa",
+                                                     use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        raise UserError(f"--model {args.model}: cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+    vocab = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
+    return model.to(device).eval(), tokenizer, vocab
+
+
+def eos_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a response: the generation config may list several. Raises UserError if there is none."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    found = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    if not found:
+        raise UserError("--model has no end-of-sequence id in its generation_config or its tokenizer")
+    return found
+
+
+def load_verifier(spec: str):
+    """The function of `path.py:function`, called as f(response, gold) -> bool. Raises UserError naming --verifier."""
+    path, _, name = spec.rpartition(":")
+    path = Path(path) if Path(path).is_absolute() or Path(path).exists() else Path(__file__).parent / path
+    try:
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except (OSError, AttributeError) as e:
+        raise UserError(f"--verifier {spec}: expected path.py:function ({e})") from None

@@ -1,0 +1,122 @@
+"""pass@k of one or several models on one or several problem sets, in one table (paper Sec. 4.1, Table 1).
+
+    python eval.py --model toy_model out/sft/model --data test_hard.jsonl --n 32 --k 1 32 --out out/eval
+    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --data math500.jsonl aime24.jsonl --out out/eval
+
+Reads   problems as rollout.py does.
+Writes  OUT/MODEL/DATA/rollouts.jsonl (every sample behind the numbers), results.json and results.md.
+
+Differs from the paper: adds the 95 % interval (bootstrap over problems).
+"""
+import argparse
+import json
+from math import comb
+from pathlib import Path
+
+import numpy as np
+
+import common
+import rollout
+from common import UserError
+
+BOOTSTRAP = 10_000  # resamples
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of pass@k from c correct samples of n: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, Eq. 1).
+
+    The chance that k samples drawn from the n without replacement hold a correct one. Raises ValueError unless
+    1 <= k <= n and 0 <= c <= n.
+    """
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ValueError(f"pass@{k} of {c} correct in {n}")
+    return 1.0 - comb(n - c, k) / comb(n, k)  # denominator: all subsets of k samples; integers, so exact
+
+
+def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean over problems, resampled with replacement."""
+    v = np.asarray(values)
+    means = np.random.default_rng(seed).choice(v, (BOOTSTRAP, len(v))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): sensible at 0 and at n, where the bootstrap has no width."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, successes / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def distinct_names(paths: list[str]) -> list[str]:
+    """Short folder names: the last part of each path, or more of it where the last parts are not distinct."""
+    parts = [Path(p).with_suffix("").parts if p.endswith(".jsonl") else Path(p).parts for p in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(x.strip("./") for x in p[-depth:] if x.strip("./")) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"the same path twice among {' '.join(paths)}")
+
+
+def table(results: list[dict], ks: list[int]) -> str:
+    """Markdown: a row per model, a column per problem set and k, percent with the 95 % interval."""
+    sets = list(dict.fromkeys(r["data"] for r in results))
+    lines = ["| model | " + " | ".join(f"{d} @{k}" for d in sets for k in ks) + " |", "|---" * (1 + len(sets) * len(ks)) + "|"]
+    for model in dict.fromkeys(r["model"] for r in results):
+        cells = []
+        for d in sets:
+            r = next(r for r in results if r["model"] == model and r["data"] == d)
+            for k in ks:
+                low, high = r["interval"][str(k)]
+                cells.append(f"{100 * r['pass'][str(k)]:.2f} [{100 * low:.1f}, {100 * high:.1f}]")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_model_args(parser, several=True)
+    parser.add_argument("--data", required=True, nargs="+", help="[ours] problem sets, JSONL")
+    parser.add_argument("--out", required=True, help="[ours] output folder")
+    parser.add_argument("--n", type=int, default=32, help="[Table 1] samples per problem")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 32], help="[Table 1] pass@k for these k")
+    rollout.add_sampling_args(parser, max_new_tokens=32000)
+    return parser.parse_args(argv)
+
+
+FREE = (*rollout.FREE, "model", "data", "k")  # models, sets and ks can be added to a folder; each pair has a record of its own
+
+
+def main(args: argparse.Namespace) -> list[dict]:
+    rollout.check_sampling_args(args)
+    if not all(1 <= k <= args.n for k in args.k):
+        raise UserError(f"--k {args.k}: each must be between 1 and --n {args.n}")
+    sets = {name: rollout.read_problems(path, args) for name, path in zip(distinct_names(args.data), args.data)}
+    device = common.pick_device(args.device)
+    out = common.start_run(args.out, args, FREE)
+    results = []
+    for name, path in zip(distinct_names(args.model), args.model):
+        one = argparse.Namespace(**vars(args) | {"model": path})
+        model, tokenizer, vocab = common.load_model(one, device)
+        for (data, problems), file in zip(sets.items(), args.data):
+            pair = argparse.Namespace(**vars(one) | {"data": file})
+            folder = common.start_run(out / name / data, pair, (*rollout.FREE, "k"), data_digest=common.file_digest(file))
+            found = rollout.run_rollouts(model, tokenizer, vocab, problems, args.n, folder, args, f"{name} {data}")
+            summary = rollout.summarise(problems, args.n, found)
+            correct = [sum(found[p["id"], s][0] for s in range(args.n)) for p in problems]
+            values = {str(k): [pass_at_k(args.n, c, k) for c in correct] for k in args.k}
+            results.append({"model": name, "data": data, "n": args.n, "problems": len(problems),
+                            "pass": {k: sum(v) / len(v) for k, v in values.items()},  # denominator: problems
+                            "interval": {k: bootstrap_interval(v, args.seed) for k, v in values.items()},
+                            "mean_tokens": summary["mean_tokens"], "truncated": summary["truncated"]})
+    if common.rank() == 0:
+        common.write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+        common.write_atomic(out / "results.md", table(results, args.k) + "\n")
+        print(table(results, args.k))
+    return results
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)
