@@ -73,11 +73,7 @@ def write_atomic(path: str | Path, text: str) -> None:
 
 def repair_tail(path: Path) -> None:
     """Cut a torn last line off a file that is about to be appended to."""
-    if path.exists():
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
@@ -102,7 +98,9 @@ def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
 def open_part(out: Path, name: str, keep) -> tuple[Path, dict]:
     """This rank's part file to append to, and scan() of what all ranks have finished so far, whoever they were."""
     part = out / f"{name}.rank{rank()}.part"
-    repair_tail(part)
+    if rank() == 0:
+        for path in out.glob(f"{name}.rank*.part"):  # also those of ranks that this run does not have
+            repair_tail(path)
     barrier()
     done = scan(sorted(out.glob(f"{name}.rank*.part")), keep)
     barrier()  # nobody appends before everybody has read
@@ -113,8 +111,7 @@ def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
     """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample, and removes them."""
     barrier()
     if rank() == 0:
-        parts = sorted(out.glob(f"{name}.rank*.part"))
-        index = scan(parts, keep=lambda record: None)
+        index = scan(sorted(out.glob(f"{name}.rank*.part")), keep=lambda record: None)
         aside = out / f"{name}.jsonl.tmp"
         with open(aside, "wb") as f:
             for key in sorted(index, key=lambda k: (order[k[0]], k[1])):
@@ -123,9 +120,14 @@ def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
                     source.seek(offset)
                     f.write(source.read(size))
         os.replace(aside, out / f"{name}.jsonl")
-        for path in parts:
-            path.unlink()
+        remove_parts(out, name)
     barrier()
+
+
+def remove_parts(out: Path, name: str) -> None:
+    """Part files are of no use beside out/name.jsonl; a kill just after the merge leaves them behind."""
+    for path in out.glob(f"{name}.rank*.part"):
+        path.unlink(missing_ok=True)
 
 
 def file_digest(path: str | Path) -> str:
@@ -137,7 +139,8 @@ def file_digest(path: str | Path) -> str:
 
 
 def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] = (), **facts) -> Path:
-    """Make the output folder and its run.json, or check that the folder was begun with the same settings.
+    """Make the output folder and its run.json, or check that the folder was begun with the same settings. A folder with
+    no more than a run.json has no result to protect: a command that failed can be corrected and run again.
 
     free: flags that may differ when a run continues, since they do not change its result (batch size, device, ...).
     facts: anything else the result depends on (a digest of the data, say). Rank 0 writes; every rank checks.
@@ -147,7 +150,7 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in free + ("out",)} | facts
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
     record = out / "run.json"
-    if record.exists():
+    if record.exists() and any(not p.name.startswith("run.json") for p in out.iterdir()):
         before = json.loads(record.read_text())["settings"]
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
@@ -197,11 +200,13 @@ def pick_device(name: str) -> torch.device:
     """--device auto is this process's own GPU where there is one, else the CPU."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: no CUDA device is visible")
-        torch.cuda.set_device(device)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
     return device
 
 
@@ -243,10 +248,14 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
              "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa",
-                                                     use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise UserError(f"--model {args.model}: cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+        model, info = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa",
+                                                           use_safetensors=True, trust_remote_code=False,
+                                                           output_loading_info=True)
+    except Exception as e:  # noqa: BLE001 (damaged files raise anything: tokenizers has no narrower class)
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"--model {args.model}: cannot be loaded ({reason})") from None
+    if info["missing_keys"]:  # they would be random numbers, with no more than a warning
+        raise UserError(f"--model {args.model}: its weights lack {sorted(info['missing_keys'])[:3]}")
     vocab = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
     return model.to(device).eval(), tokenizer, vocab
 
@@ -269,6 +278,9 @@ def load_verifier(spec: str):
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
-        return getattr(module, name)
-    except (OSError, AttributeError) as e:
+        function = getattr(module, name)
+    except (OSError, AttributeError, ImportError, SyntaxError) as e:
         raise UserError(f"--verifier {spec}: expected path.py:function ({e})") from None
+    if not callable(function):
+        raise UserError(f"--verifier {spec}: expected path.py:function ({name} is no function)")
+    return function

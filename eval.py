@@ -10,6 +10,7 @@ Differs from the paper: adds the 95 % interval (bootstrap over problems).
 """
 import argparse
 import json
+import os
 from math import comb
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the mean over problems, resampled with replacement."""
     v = np.asarray(values)
-    means = np.random.default_rng(seed).choice(v, (BOOTSTRAP, len(v))).mean(1)
+    distinct, counts = np.unique(v, return_counts=True)  # how often each is drawn is multinomial: no BOOTSTRAP x len(v)
+    draws = np.random.default_rng(seed).multinomial(len(v), counts / len(v), BOOTSTRAP)
+    means = draws @ distinct / len(v)  # denominator: problems
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -52,9 +55,9 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 def distinct_names(paths: list[str]) -> list[str]:
     """Short folder names: the last part of each path, or more of it where the last parts are not distinct."""
-    parts = [Path(p).with_suffix("").parts if p.endswith(".jsonl") else Path(p).parts for p in paths]
+    parts = [Path(os.path.abspath(p.removesuffix(".jsonl"))).parts[1:] for p in paths]  # `.` and `..` have names too
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(x.strip("./") for x in p[-depth:] if x.strip("./")) for p in parts]
+        names = ["-".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
     raise UserError(f"the same path twice among {' '.join(paths)}")
@@ -80,7 +83,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_model_args(parser, several=True)
     parser.add_argument("--data", required=True, nargs="+", help="[ours] problem sets, JSONL")
     parser.add_argument("--out", required=True, help="[ours] output folder")
-    parser.add_argument("--n", type=int, default=32, help="[Table 1] samples per problem")
+    parser.add_argument("-n", "--n", type=int, default=32, help="[Table 1] samples per problem")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 32], help="[Table 1] pass@k for these k")
     rollout.add_sampling_args(parser, max_new_tokens=32000)
     return parser.parse_args(argv)
@@ -95,10 +98,12 @@ def main(args: argparse.Namespace) -> list[dict]:
         raise UserError(f"--k {args.k}: each must be between 1 and --n {args.n}")
     sets = {name: rollout.read_problems(path, args) for name, path in zip(distinct_names(args.data), args.data)}
     device = common.pick_device(args.device)
+    common.load_verifier(args.verifier)  # a wrong one is noticed before anything is written
     out = common.start_run(args.out, args, FREE)
-    results = []
+    results, model = [], None
     for name, path in zip(distinct_names(args.model), args.model):
         one = argparse.Namespace(**vars(args) | {"model": path})
+        del model  # the one before, so that two are never in memory
         model, tokenizer, vocab = common.load_model(one, device)
         for (data, problems), file in zip(sets.items(), args.data):
             pair = argparse.Namespace(**vars(one) | {"data": file})

@@ -194,7 +194,7 @@ def soft_prefix(W: Tensor, r: list[int], atoms: list[Tensor], gammas: list[float
     An iterate is a convex combination of (K+1) tokens per position with the same weights everywhere, so ids and step
     sizes are all there is to store: this rebuilds it bit for bit.
     """
-    E = W[torch.as_tensor(r, device=W.device)].float()
+    E = W[torch.as_tensor(r, dtype=torch.long, device=W.device)].float()
     for v, gamma in zip(atoms, gammas):
         E = (1 - gamma) * E + gamma * W[torch.as_tensor(v, device=W.device)].float()
     return E
@@ -356,6 +356,18 @@ def read_failures(path: str, rho: float) -> tuple[dict[str, list[dict]], int]:
     return {i: failures[i] for i in order if i in failures}, skipped
 
 
+def check_room(failures: dict[str, list[dict]], model, vocab: int, args: argparse.Namespace) -> None:
+    """Raises UserError for rollouts of another tokenizer, or where no token is left for a continuation."""
+    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    for r in (r for rows in failures.values() for r in rows):
+        where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
+        rollout.check_ids(r, vocab, where)
+        n = cut(r["response_ids"], args.rho)
+        if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
+            raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
+                            f"--max-new-tokens {args.max_new_tokens} and the context of --model, {context} tokens")
+
+
 def add_revision_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the method, shared with train_grpo.py --revise."""
     parser.add_argument("--rho", type=float, default=0.8, help="[Table 7] share of the failed rollout that is revised")
@@ -380,7 +392,9 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
 def check_revision_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0, "gamma0": 0 < args.gamma0 <= 1,
-                       "continuations": args.continuations > 0, "record_every": args.record_every >= 0}.items():
+                       "continuations": args.continuations > 0, "record_every": args.record_every >= 0,
+                       **{k: abs(getattr(args, k)) < float("inf") for k in (
+                           "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
 
@@ -415,6 +429,7 @@ def main(args: argparse.Namespace) -> None:
     if not final.exists():
         model, tokenizer, vocab = common.load_model(args, common.pick_device(args.device))
         verify = common.load_verifier(args.verifier)
+        check_room(failures, model, vocab, args)
         part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
 
         def finished(i: str) -> bool:

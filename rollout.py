@@ -1,7 +1,7 @@
 """Sample N responses to every problem, verify them, and find the zero-hit prompts (paper Sec. 3.1 and 4.1, dapo-hard).
 
     python rollout.py --model toy_model --data problems.jsonl --n 32 --out out/rollouts
-    torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl --n 32 --out out/rollouts
+    torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl -n 32 --out out/rollouts
 
 Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names through flags.
 Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or "length"), `reward`,
@@ -16,6 +16,7 @@ settings are these flags alone, never those of a checkpoint's generation_config.
 import argparse
 import hashlib
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -167,13 +168,9 @@ def read_problems(path: str, args: argparse.Namespace) -> list[dict]:
     for number, record in enumerate(common.read_jsonl(path, (args.problem_key, args.answer_key)), 1):
         problem, answer = record[args.problem_key], record[args.answer_key]
         where = f"{path}: record {number}"
-        if isinstance(problem, str):
-            problem = (DAPO.match(problem) or [None, problem])[1]
-        elif not (isinstance(problem, list) and problem and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in problem)):
-            raise UserError(f"{where}: {args.problem_key!r} is neither a string nor a list of chat messages")
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        problem = clean_problem(problem, where)
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or (
+                isinstance(answer, float) and not math.isfinite(answer)):
             raise UserError(f"{where}: {args.answer_key!r} is not a string or a number")
         if not str(answer).strip() or not problem:
             raise UserError(f"{where}: empty problem or answer")
@@ -185,6 +182,24 @@ def read_problems(path: str, args: argparse.Namespace) -> list[dict]:
     if not problems:
         raise UserError(f"{path}: holds no problems")
     return problems[:args.limit] if args.limit else problems
+
+
+def clean_problem(problem: object, where: str) -> str | list[dict]:
+    """A problem without DAPO's wrapper. Raises UserError unless it is text or a list of chat messages."""
+    if isinstance(problem, str):
+        return (DAPO.match(problem) or [None, problem])[1]
+    if not (isinstance(problem, list) and problem and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in problem)):
+        raise UserError(f"{where}: the problem is neither a string nor a list of chat messages")
+    return problem
+
+
+def check_ids(record: dict, vocab: int, where: str) -> None:
+    """Raises UserError unless prompt_ids and response_ids are lists of token ids below vocab, neither empty."""
+    for field in ("prompt_ids", "response_ids"):
+        ids = record[field]
+        if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab for i in ids)):
+            raise UserError(f"{where}: {field!r} is not a list of token ids of --model, at least one")
 
 
 def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -> list[int]:
@@ -231,7 +246,7 @@ def make_batches(problems: list[dict], n: int, size: int) -> list[list[tuple[dic
                 rows = 0
             batches[-1].append((p, numbers))
             rows += len(numbers)
-    return batches
+    return [b for b in batches if b]  # no problems, no batch: a process may have none
 
 
 def sample_batch(model, tokenizer, vocab: int, batch: list, verify, args, seed_parts: tuple) -> list[dict]:
@@ -268,6 +283,7 @@ def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out
     """
     final = out / "rollouts.jsonl"
     if final.exists():
+        common.remove_parts(out, "rollouts")
         return read_outcomes(final)
     verify = common.load_verifier(args.verifier)
     add_prompts(problems, model, tokenizer, args)
@@ -336,7 +352,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_model_args(parser)
     parser.add_argument("--data", required=True, help="[ours] problems, JSONL")
     parser.add_argument("--out", required=True, help="[ours] output folder")
-    parser.add_argument("--n", type=int, default=32, help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
+    parser.add_argument("-n", "--n", type=int, default=32, help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
     add_sampling_args(parser)
     return parser.parse_args(argv)
 

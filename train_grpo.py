@@ -22,7 +22,6 @@ Which of the silent variants is used:
 Differs from the paper: nothing known; it does not say which variants it used.
 """
 import argparse
-import copy
 import time
 
 import torch
@@ -69,16 +68,16 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
 
 
 # --- one step's data -------------------------------------------------------------------------------------------------
-def sample_groups(model, tokenizer, vocab: int, problems: list[dict], step: int, args, verify) -> list[list[dict]]:
-    """N rollout records for each problem. Keys hold the step, so that a prompt seen again is sampled anew."""
+def sample_groups(model, tokenizer, vocab: int, problems: list[dict], key: tuple, args, verify) -> list[list[dict]]:
+    """N rollout records for each problem. key: seed, step and round, so that a prompt seen again is sampled anew."""
     groups = {p["id"]: [] for p in problems}
     for batch in rollout.make_batches(problems, args.group_size, args.batch_size):
-        for r in rollout.sample_batch(model, tokenizer, vocab, batch, verify, args, (args.seed, "grpo", step)):
+        for r in rollout.sample_batch(model, tokenizer, vocab, batch, verify, args, key):
             groups[r["id"]].append(r)
     return list(groups.values())
 
 
-def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], step: int, args, verify) -> tuple[list[list[dict]], int]:
+def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, args, verify) -> tuple[list[list[dict]], int]:
     """Revise one failed rollout of every zero-hit group; a recovered trajectory takes its place (or is appended).
 
     Returns new groups (the old are not changed) and the number rescued. Groups with a hit cost nothing.
@@ -88,7 +87,7 @@ def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], step: int, ar
         long_enough = [r for r in group if revise.cut(r["response_ids"], args.rho) > 0]
         if long_enough and not any(r["reward"] for r in group):
             failed[k] = long_enough[0]
-    args = argparse.Namespace(**vars(args) | {"seed": rollout.row_key(args.seed, "grpo", step)})  # new numbers each step
+    args = argparse.Namespace(**vars(args) | {"seed": rollout.row_key(*key)})  # new numbers each step
     groups, rescued, keys = list(groups), 0, list(failed)
     for s in range(0, len(keys), args.revise_batch_size):
         chunk = keys[s:s + args.revise_batch_size]
@@ -110,13 +109,14 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
     """
     counts = {"groups": 0, "zero_hit": 0, "rescued": 0, "sampled": 0, "hits": 0, "seconds_sample": 0.0, "seconds_revise": 0.0}
     kept, mine = 0, []
-    for _ in range(1 + (args.resample if args.algo == "dapo" else 0)):
+    for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
+        key = (args.seed, "grpo", step, turn)
         order = train_sft.draw_rows(len(problems), cursor, min(args.batch_prompts, len(problems)), args.seed)
         cursor += len(order)
         order = list(dict.fromkeys(order))  # a round across the end of an epoch can draw a prompt twice
         own = [problems[i] for i in order[common.rank()::common.world_size()]]
         start = time.time()
-        groups = sample_groups(model, tokenizer, vocab, own, step, args, verify)
+        groups = sample_groups(model, tokenizer, vocab, own, key, args, verify)
         middle = time.time()
         hits = [sum(r["reward"] for r in g) for g in groups]
         counts["groups"] += len(groups)
@@ -124,7 +124,7 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
         counts["hits"] += sum(hits)
         counts["sampled"] += sum(map(len, groups))
         if args.revise:
-            groups, rescued = rescue(model, tokenizer, vocab, groups, step, args, verify)
+            groups, rescued = rescue(model, tokenizer, vocab, groups, key, args, verify)
             counts["rescued"] += rescued
         counts["seconds_sample"] += middle - start
         counts["seconds_revise"] += time.time() - middle
@@ -207,20 +207,21 @@ FREE = (*train_sft.FREE, "batch_size", "revise_batch_size")
 def main(args: argparse.Namespace) -> None:
     rollout.check_sampling_args(args)
     revise.check_revision_args(args)
-    for flag, low in {"steps": 1, "group_size": 2, "batch_prompts": 1, "updates": 1, "micro_batch_tokens": 1,
-                      "revise_batch_size": 1, "resample": 0, "overlong_buffer": 0}.items():
-        if getattr(args, flag) < low:
+    train_sft.check_training_args(args)
+    for flag, low in {"group_size": 2, "batch_prompts": 1, "updates": 1, "revise_batch_size": 1, "resample": 0,
+                      "overlong_buffer": 0, "kl_coef": 0, "clip_low": 0, "clip_high": 0}.items():
+        if not getattr(args, flag) >= low:  # true of nan as well
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
     problems = rollout.read_problems(args.data, args)
     device = common.pick_device(args.device)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
-    if (out / "model").exists():
+    if train_sft.trained(out):
         print(f"{out / 'model'} is trained already")
         return
     verify = common.load_verifier(args.verifier)
     model, tokenizer, vocab = common.load_model(args, device, train=True)
     rollout.add_prompts(problems, model, tokenizer, args)
-    reference = copy.deepcopy(model).requires_grad_(False) if args.kl_coef else None
+    reference = common.load_model(args, device)[0] if args.kl_coef else None  # the initial model, also after a restart
     optimizer = train_sft.make_optimizer(model, args)
     state = {"cursor": 0} | train_sft.load_checkpoint(out, model, optimizer)
 

@@ -158,7 +158,7 @@ def load_checkpoint(out: Path, model, optimizer) -> dict:
         if unexpected or set(missing) - tied:
             raise UserError(f"{folders[-1]}: does not fit --model (missing {sorted(set(missing) - tied)[:3]}, "
                             f"unexpected {unexpected[:3]})")
-        saved = load_file(folders[-1] / "optimizer.safetensors", device=str(model.device))
+        saved = load_file(folders[-1] / "optimizer.safetensors")  # load_state_dict moves what belongs on the device
         full = optimizer.state_dict()
         full["state"] = {i: {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                          for i, (name, _) in enumerate(model.named_parameters())}
@@ -180,14 +180,22 @@ def save_model(folder: Path, model, tokenizer) -> None:
 
 
 def finish(out: Path, model, tokenizer) -> None:
-    """OUT/model, written aside and renamed; checkpoints are no longer needed."""
+    """OUT/model, written aside and renamed."""
     if common.rank() == 0:
         shutil.rmtree(out / "model.tmp", ignore_errors=True)
         save_model(out / "model.tmp", model, tokenizer)
         os.replace(out / "model.tmp", out / "model")
-        for folder in out.glob("checkpoint-*"):
-            shutil.rmtree(folder)
+        trained(out)
     common.barrier()
+
+
+def trained(out: Path) -> bool:
+    """Whether OUT/model is there; if so its checkpoints, which a kill may have left behind, are removed."""
+    done = (out / "model").exists()
+    if done and common.rank() == 0:
+        for folder in out.glob("checkpoint*"):
+            shutil.rmtree(folder)
+    return done
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------
@@ -198,19 +206,18 @@ def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> l
     for path in paths:
         for number, r in enumerate(common.read_jsonl(path), 1):
             where = f"{path}: record {number}"
+            if r.get("reward", 1) == 0:
+                continue
             if "prompt_ids" in r and "response_ids" in r:
-                if r.get("reward", 1) == 0:
-                    continue
+                rollout.check_ids(r, model.get_input_embeddings().num_embeddings, where)
                 row = {"prompt_ids": r["prompt_ids"], "response_ids": r["response_ids"]}
-            elif isinstance(r.get("problem"), str | list) and isinstance(r.get("response"), str):
-                row = {"prompt_ids": rollout.prompt_ids(tokenizer, r["problem"], args),
+            elif "problem" in r and isinstance(r.get("response"), str):
+                row = {"prompt_ids": rollout.prompt_ids(tokenizer, rollout.clean_problem(r["problem"], where), args),
                        "response_ids": [*tokenizer(r["response"], add_special_tokens=False)["input_ids"],
                                         common.eos_ids(model, tokenizer)[0] if tokenizer.eos_token_id is None
                                         else tokenizer.eos_token_id]}
             else:
                 raise UserError(f"{where}: needs prompt_ids and response_ids, or problem and response")
-            if not row["prompt_ids"] or not row["response_ids"]:
-                raise UserError(f"{where}: empty prompt or response")
             if len(row["prompt_ids"]) + len(row["response_ids"]) > context:
                 raise UserError(f"{where}: longer than the context of --model, {context} tokens")
             rows.append(row)
@@ -228,6 +235,15 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=16384,
                         help="[ours] padded tokens per forward and backward: the memory flag of the update")
     parser.add_argument("--save-every", type=int, default=50, help="[ours] steps between checkpoints; 0 for none")
+
+
+def check_training_args(args: argparse.Namespace) -> None:
+    """Raises UserError naming the flag that is out of range."""
+    for flag, good in {"steps": args.steps > 0, "batch_size": args.batch_size > 0, "lr": 0 <= args.lr < 1,
+                       "weight_decay": args.weight_decay >= 0, "grad_clip": args.grad_clip > 0,
+                       "micro_batch_tokens": args.micro_batch_tokens > 0, "save_every": args.save_every >= 0}.items():
+        if not good:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -248,12 +264,10 @@ FREE = ("device", "micro_batch_tokens", "save_every")
 
 
 def main(args: argparse.Namespace) -> None:
-    for flag in ("steps", "batch_size", "micro_batch_tokens"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
+    check_training_args(args)
     device = common.pick_device(args.device)
     out = common.start_run(args.out, args, FREE, data_digest=[common.file_digest(p) for p in args.data])
-    if (out / "model").exists():
+    if trained(out):
         print(f"{out / 'model'} is trained already")
         return
     model, tokenizer, _ = common.load_model(args, device, train=True)

@@ -1,0 +1,260 @@
+"""The whole method on the toy world: `make demo`, or `make demo QUICK=1`. Ends with a report, OUT/report.md.
+
+Runs the stage scripts as a user would, each command printed before it runs, and reports
+1. recovery of zero-hit prompts by LatentRevise and by its controls, at the same number of continuations;
+2. pass@1 and pass@32 on held-out hard problems after training on the same zero-hit prompts in several ways;
+3. three recovered trajectories in full.
+A stage that is complete is not run again, so an interrupted demo continues; `make clean` starts over.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import common
+import toy
+from eval import table, wilson_interval
+
+ROOT = Path(__file__).parent
+
+# hard, test: problems; attempts: failed rollouts revised per prompt, for the training data; record: --record-every
+FULL = {"hard": 400, "test": 200, "attempts": 4, "steps": 60, "batch": 24, "record": 2}
+QUICK = {"hard": 96, "test": 48, "attempts": 2, "steps": 10, "batch": 8, "record": 5}
+CONTINUATIONS = 8
+RESPONSE = "--max-new-tokens 160 --instruction ''"
+METHODS = {"LatentRevise": "", "fresh sampling": "--from scratch", "hard prefix": "--from hard-prefix",
+           "random vertices": "--vertices random", "permuted gold": "--gold permuted"}
+
+
+# --- running stages --------------------------------------------------------------------------------------------------
+def run_one(command: str, quiet: bool, processes: int, seconds: dict[str, float]) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    shown = f"torchrun --standalone --nproc-per-node {processes}" if processes > 1 else "python"
+    print(f"\n$ {shown} {command}", flush=True)
+    # Two processes of one thread each are faster than one of two threads at this size
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    start = time.time()
+    done = subprocess.run([sys.executable, *launcher, *shlex.split(command)], cwd=ROOT, env=env, text=True, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)
+    if done.returncode:
+        raise common.UserError(f"this command failed: {shown} {command}\n{done.stdout}{(done.stderr or '')[-3000:]}")
+    # A stage that was complete before keeps the time it took then
+    seconds[command] = max(seconds.get(command, 0.0), round(time.time() - start, 1))
+    print(f"{done.stdout.strip()}\n[{seconds[command]:.0f} s]", flush=True)
+
+
+def run(out: Path, *commands: str, processes: int = 1) -> dict[str, float]:
+    """Run stage commands, two at a time, and return what each has taken in seconds (kept in OUT/seconds.json)."""
+    file = out / "seconds.json"
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(run_one, c, len(commands) > 1, processes, seconds) for c in commands]:
+            job.result()
+    common.write_atomic(file, json.dumps(seconds, indent=1) + "\n")
+    return seconds
+
+
+# --- reading what they wrote -----------------------------------------------------------------------------------------
+def share(k: int, n: int) -> str:
+    low, high = wilson_interval(k, n)
+    return f"{100 * k / max(n, 1):.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({k}/{n})"
+
+
+def recovery_row(name: str, records: list[dict], problems: dict[str, str], score: str = "reward") -> str:
+    """One line of the recovery table, from the first failed rollout of every prompt."""
+    continuations = [(r["id"], c) for r in records for c in r["continuations"]]
+    hits = [(i, c) for i, c in continuations if c[score]]
+    sound = sum(toy.is_sound(problems[i], c["response"]) for i, c in hits)
+    length = sum(len(c["ids"]) for _, c in continuations) / len(continuations)
+    reflects = sum(toy.has_reflection(c["response"]) for _, c in continuations)
+    return (f"| {name} | {share(len({i for i, _ in hits}), len(records))} | {length:.1f} | "
+            f"{share(reflects, len(continuations))} | {share(sound, len(hits))} |")
+
+
+def first_attempts(records: list[dict]) -> list[dict]:
+    seen = {}
+    for r in records:
+        seen.setdefault(r["id"], r)
+    return list(seen.values())
+
+
+def marked(tokenizer, before: list[int], after: list[int]) -> str:
+    """The projected prefix, with every run of changed tokens as «new».  A reader sees at once what the hull did."""
+    text = "".join(tokenizer.decode([b]) if a == b else f"«{tokenizer.decode([b])}»" for a, b in zip(before, after))
+    return text.replace("»«", "")
+
+
+def example(tokenizer, record: dict, failed: dict, problem: str) -> str:
+    c = next(c for c in sorted(record["continuations"], key=lambda c: -toy.is_sound(problem, c["response"])) if c["reward"])
+    show = lambda text: text.replace("\n", "\\n")
+    sound = "every step right" if toy.is_sound(problem, c["response"]) else "jumps to the answer: not sound"
+    return "\n".join([
+        f"**{problem}** gold {record['answer']}", "", "```",
+        f"failed rollout   {show(failed['response'])}",
+        f"prefix r         {show(tokenizer.decode(record['prefix_ids']))}",
+        f"revised prefix   {show(marked(tokenizer, record['prefix_ids'], record['projected_ids']))}",
+        f"continuation c^  {show(tokenizer.decode(c['ids'], skip_special_tokens=True))}",
+        "```", f"({sound})", ""])
+
+
+def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
+    """Two figures, if matplotlib is installed (requirements-dev.txt). Returns Markdown."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "No figures: matplotlib is not installed (`pip install -r requirements-dev.txt`).\n"
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # Losses and recovery against Frank-Wolfe steps (the paper's Fig. 3)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    moved = [r for r in records if r["losses"]]
+    for k, (name, style) in enumerate({"L_explore": "--", "L_guide": "-", "L_NLL": ":"}.items()):
+        at = [[r["losses"][i][k] for r in moved if i < len(r["losses"])] for i in range(max(len(r["losses"]) for r in moved))]
+        left.plot(range(len(at)), [sum(v) / len(v) for v in at], "k" + style, label=name)
+    left.set(xlabel="Frank-Wolfe step", ylabel="mean loss (nats, sum over tokens)")
+    left.legend()
+    steps = sorted(map(int, records[0]["curve"]))
+    curve = [[r["curve"][str(s)] for r in records] for s in steps]
+    right.plot(steps, [sum(any(c["rewards"]) for c in at) / len(at) for at in curve], "ko-", label="recovered")
+    right.set(xlabel="Frank-Wolfe step", ylabel=f"share recovered, {CONTINUATIONS} continuations")
+    length = right.twinx()
+    length.plot(steps, [sum(sum(c["lengths"]) / len(c["lengths"]) for c in at) / len(at) for at in curve], "k^:", label="length")
+    length.set_ylabel("mean continuation length (tokens)")
+    right.legend(*[a + b for a, b in zip(right.get_legend_handles_labels(), length.get_legend_handles_labels())])
+    fig.savefig(out / "revision.png", dpi=120)
+
+    # Training curves
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharex=True)
+    for (name, folder), style in zip(runs.items(), ("-", "--", ":", "-.")):
+        rows = common.read_jsonl(folder / "metrics.jsonl")
+        for axis, key in zip(axes, ("reward", "zero_hit", "rescued")):
+            axis.plot([r["step"] for r in rows], [r[key] for r in rows], "k" + style, label=name, linewidth=1)
+            axis.set(xlabel="training step", title=key.replace("_", "-"))
+    axes[0].legend(fontsize=7)
+    fig.savefig(out / "training.png", dpi=120)
+    return ("![Losses and recovery against Frank-Wolfe steps](revision.png)\n\n"
+            "![Reward, zero-hit and rescued fraction against training steps](training.png)\n")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="[ours] a smaller run, at most 2 minutes on 2 cores")
+    parser.add_argument("--model", default="toy_model", help="[ours] base model, made by toy.py train")
+    parser.add_argument("--lr", default="3e-4", help="[ours] of every training run: the toy model is small")
+    parser.add_argument("--out", help="[ours] output folder; out/demo or out/demo-quick if not given")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    begun = time.time()
+    size = QUICK if args.quick else FULL
+    out = Path(args.out or ("out/demo-quick" if args.quick else "out/demo"))
+    out.mkdir(parents=True, exist_ok=True)
+    model = f"--model {args.model}"
+
+    # === zero-hit prompts ===
+    run(out, f"toy.py data --out {out}/data")
+    run(out, f"rollout.py {model} --data {out}/data/hard.jsonl --limit {size['hard']} --n 32 {RESPONSE} --batch-size 512 "
+             f"--out {out}/rollouts", processes=2)
+
+    # === recovery: the method and its controls, same prompts, same number of continuations ===
+    revise = f"revise.py {model} --rollouts {out}/rollouts --continuations {CONTINUATIONS} {RESPONSE} --batch-size 32"
+    template = f"--template '{toy.TEMPLATE}'"
+    folders = {name: out / "revise" / name.replace(" ", "-").lower() for name in METHODS}
+    commands = {name: f"{revise} {template} {flags or '--record-every ' + str(size['record'])} "
+                      f"--attempts {1 if flags else size['attempts']} --out {folders[name]}" for name, flags in METHODS.items()}
+    run(out, *commands.values())
+
+    # === training: the same zero-hit prompts for every arm ===
+    zero = f"{out}/rollouts/zero_hit.jsonl"
+    grpo = (f"train_grpo.py {model} --data {zero} {RESPONSE} --batch-size 512 --batch-prompts {size['batch']} "
+            f"--steps {size['steps']} --lr {args.lr} --micro-batch-tokens 8192")
+    sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --micro-batch-tokens 8192"
+    fresh = CONTINUATIONS * size["attempts"]  # rejection sampling gets as many samples as the revision had continuations
+    run(out, f"rollout.py {model} --data {zero} --n {fresh} --seed 1 {RESPONSE} --batch-size 512 --out {out}/rft-samples",
+        processes=2)
+    method = f"--revise {template} --revise-batch-size 32"
+    arms = {
+        "RFT": f"{sft} --data {out}/rft-samples/rollouts.jsonl",
+        "GRPO N=8": grpo, "GRPO N=16": f"{grpo} --group-size 16", "DAPO": f"{grpo} --algo dapo",
+        "SFT+LatentRevise": f"{sft} --data {folders['LatentRevise']}/recovered.jsonl",
+        "GRPO+LatentRevise": f"{grpo} {method}"}
+    if args.quick:
+        arms = {name: arms[name] for name in ("GRPO N=8", "SFT+LatentRevise", "GRPO+LatentRevise")}
+    names = {name: name.lower().replace(" ", "-").replace("=", "").replace("+", "-") for name in arms}
+    if not any(r["reward"] for r in common.read_jsonl(out / "rft-samples" / "rollouts.jsonl")):
+        arms.pop("RFT", None)  # fresh sampling found nothing: there is no RFT model, and the table says so
+    if not common.read_jsonl(folders["LatentRevise"] / "recovered.jsonl"):
+        arms.pop("SFT+LatentRevise", None)
+    train = {name: f"{command} --out {out}/{names[name]}" for name, command in arms.items()}
+    seconds = run(out, *train.values())
+
+    # === pass@k on held-out hard problems ===
+    run(out, f"eval.py --model {args.model} {' '.join(f'{out}/{names[name]}/model' for name in train)} --data "
+             f"{out}/data/test_hard.jsonl --limit {size['test']} --n 32 --k 1 32 {RESPONSE} --batch-size 512 --out {out}/eval",
+        processes=2)
+
+    # === report ===
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / args.model if not Path(args.model).exists() else args.model)
+    problems = {p["id"]: p["problem"] for p in common.read_jsonl(f"{out}/data/hard.jsonl")}
+    records = {name: first_attempts(common.read_jsonl(folder / "revised.jsonl")) for name, folder in folders.items()}
+    rows = [recovery_row(name, r, problems) for name, r in records.items()]
+    rows.append(recovery_row("permuted gold, scored on it", records["permuted gold"], problems, "guide_reward"))
+    results = json.loads((out / "eval" / "results.json").read_text())
+    labels = ["base", *train]
+    for r, label in zip(results, labels):
+        r["model"] = label
+    lines = table(results, [1, 32]).splitlines()
+    spent = ["seconds", "---", "0", *(f"{seconds[c]:.0f}" for c in train.values())]
+    missing = [f"| {name} | nothing to train on | | |" for name in names if name not in train]
+    training = "\n".join([f"{line} {s} |" for line, s in zip(lines, spent)] + missing)
+    every = common.read_jsonl(folders["LatentRevise"] / "revised.jsonl")
+    failed = {(r["id"], r["sample"]): r for r in common.read_jsonl(out / "rollouts" / "rollouts.jsonl")}
+    good = sorted((r for r in every if r["recovered"]), key=lambda r: (
+        -max(toy.is_sound(problems[r["id"]], c["response"]) for c in r["continuations"] if c["reward"]), r["kept"]))
+    shown = [example(tokenizer, r, failed[r["id"], r["sample"]], problems[r["id"]]) for r in good[:2] + good[2:][-1:]]
+    curves = {name: out / names[name] for name in train if "GRPO" in name or name == "DAPO"}
+    summary = json.loads((out / "rollouts" / "summary.json").read_text())
+    report = f"""# LatentRevise on the toy world
+
+{summary['zero_hit']} of {summary['problems']} hard problems are zero-hit at N = 32 (pass rate {100 * summary['pass_rate']:.2f} %).
+
+## Recovery of zero-hit prompts
+
+One failed rollout per prompt, {CONTINUATIONS} continuations; shares with 95 % interval. Sound: of the right continuations, those whose
+last pass is a complete and arithmetically right chain to the answer.
+
+| | prompts recovered | continuation (tokens) | self-correction | sound |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## Training on the zero-hit prompts
+
+pass@k on {size['test']} held-out hard problems (percent, 95 % bootstrap interval), {size['steps']} optimizer steps each, and the
+seconds of the training run (two runs at a time, one core each).
+
+{training}
+
+## Recovered trajectories
+
+Changed tokens of the prefix are «marked».
+
+{chr(10).join(shown) or 'None was recovered.'}
+## Figures
+
+{figures(out, records['LatentRevise'], curves)}"""
+    common.write_atomic(out / "report.md", report)
+    print("\n" + re.sub(r"!\[.*?\]\((.*?)\)", rf"{out}/\1", report))
+    print(f"{out}/report.md, {time.time() - begun:.0f} s in all")
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)
