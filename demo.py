@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
 
     # === zero-hit prompts ===
     run(out, f"toy.py data --out {out}/data")
-    run(out, f"rollout.py {model} --data {out}/data/hard.jsonl --limit {size['hard']} --n 32 {RESPONSE} --batch-size 512 "
+    run(out, f"rollout.py {model} --data {out}/data/hard.jsonl --limit {size['hard']} -n 32 {RESPONSE} --batch-size 512 "
              f"--out {out}/rollouts", processes=2)
 
     # === recovery: the method and its controls, same prompts, same number of continuations ===
@@ -178,7 +178,7 @@ def main(args: argparse.Namespace) -> None:
             f"--steps {size['steps']} --lr {args.lr} --micro-batch-tokens 8192")
     sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --micro-batch-tokens 8192"
     fresh = CONTINUATIONS * size["attempts"]  # rejection sampling gets as many samples as the revision had continuations
-    run(out, f"rollout.py {model} --data {zero} --n {fresh} --seed 1 {RESPONSE} --batch-size 512 --out {out}/rft-samples",
+    run(out, f"rollout.py {model} --data {zero} -n {fresh} --seed 1 {RESPONSE} --batch-size 512 --out {out}/rft-samples",
         processes=2)
     method = f"--revise {template} --revise-batch-size 32"
     arms = {
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
 
     # === pass@k on held-out hard problems ===
     run(out, f"eval.py --model {args.model} {' '.join(f'{out}/{names[name]}/model' for name in train)} --data "
-             f"{out}/data/test_hard.jsonl --limit {size['test']} --n 32 --k 1 32 {RESPONSE} --batch-size 512 --out {out}/eval",
+             f"{out}/data/test_hard.jsonl --limit {size['test']} -n 32 --k 1 32 {RESPONSE} --batch-size 512 --out {out}/eval",
         processes=2)
 
     # === report ===

@@ -2,6 +2,7 @@
 
     python revise.py --model toy_model --rollouts out/rollouts --out out/revised
     torchrun --nproc-per-node 8 revise.py --model Qwen/Qwen2.5-1.5B-Instruct --rollouts out/rollouts --out out/revised
+    python revise.py show out/revised/revised.jsonl --id X     what happened to one prefix (show.py)
 
 A failed rollout [r; c] is cut after a share rho of its tokens. With the model frozen, K Frank-Wolfe steps move the input
 embeddings E_r of the prefix inside conv(W), the hull of the vocabulary embeddings: away from the failed continuation c,
@@ -20,6 +21,8 @@ continuations per prefix; all failed rollouts of a prompt are tried in turn unti
 import argparse
 import contextlib
 import json
+import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,17 +78,25 @@ AttentionInterface.register("latentrevise_packed", packed_attention)
 
 
 @contextlib.contextmanager
-def frozen(model):
-    """The model as Algorithm 1 wants it: no parameter gradients, no dropout, packed attention; all restored after."""
+def frozen(model, checkpoint: bool = False):
+    """The model as Algorithm 1 wants it: no parameter gradients, no dropout, packed attention; all restored after.
+
+    checkpoint=True recomputes each block in the backward instead of keeping its activations. Transformers does so in
+    training mode alone, which is safe because the packed attention has no dropout.
+    """
     training, attention = model.training, model.config._attn_implementation
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
+    model.train(checkpoint)
     model.set_attn_implementation("latentrevise_packed")
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     for p in trainable:
         p.requires_grad_(False)
     try:
         yield
     finally:
+        if checkpoint:
+            model.gradient_checkpointing_disable()
         for p in trainable:
             p.requires_grad_(True)
         model.set_attn_implementation(attention)
@@ -173,7 +184,8 @@ def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner", chun
         rows = W[allowed[s:s + chunk]].float()  # (chunk, D)
         scores = X.float() @ rows.T  # (N, chunk)
         if metric == "cosine":
-            scores = scores / rows.norm(dim=-1)  # denominator |v|: |x| is the same for every v
+            # denominator |v|: |x| is the same for every v. A row of zeros (padding often is one) scores 0, not nan
+            scores = scores / rows.norm(dim=-1).clamp(min=1e-12)
         elif metric == "l2":
             scores = 2 * scores - rows.square().sum(-1)  # |x|^2 is the same for every v
         value, index = scores.max(-1)
@@ -200,44 +212,60 @@ def soft_prefix(W: Tensor, r: list[int], atoms: list[Tensor], gammas: list[float
     return E
 
 
-def frank_wolfe(model, batch: list[Failure], template: list[int], allowed: Tensor, args: argparse.Namespace) -> None:
-    """Algorithm 1 on a batch: fills atoms, gammas, losses and gaps of every Failure. The model is frozen throughout.
+def random_vertices(f: Failure, step: int, allowed: Tensor, seed: int) -> Tensor:
+    """Control: one allowed id per position, (R,), that no gradient has chosen."""
+    generator = torch.Generator().manual_seed(rollout.row_key(seed, f.id, f.sample, "vertex", step))
+    return allowed[torch.randint(len(allowed), (len(f.r),), generator=generator).to(allowed.device)]
 
-    A rollout whose L_guide is below --eps-stop leaves the batch before it is moved.
+
+def adam_step(E: Tensor, g: Tensor, moments: tuple[Tensor, Tensor], step: int, lr: float) -> Tensor:
+    """Ablation "no Frank-Wolfe": one step of Adam (Kingma & Ba 2015) on the free prefix, which may leave the hull."""
+    m, v = moments
+    m.mul_(0.9).add_(g, alpha=0.1)
+    v.mul_(0.999).addcmul_(g, g, value=0.001)
+    return E - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)  # denominators: bias corrections
+
+
+def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: Tensor,
+                    args: argparse.Namespace) -> list[list[Tensor]]:
+    """Algorithm 1 on a batch, the model frozen: every rollout's prefix before and after each step, (R, D) float32.
+
+    Fills losses and gaps of every Failure, and atoms and gammas, which are all that `soft_prefix` needs to rebuild these
+    prefixes. A rollout whose L_guide is below --eps-stop leaves the batch before it is moved: its list is shorter.
     """
     W = model.get_input_embeddings().weight.detach()
     weights = (args.explore_weight, args.alpha_guide, args.beta_nll)
-    soft = [soft_prefix(W, f.r, [], []) for f in batch]  # E_r, each (R, D)
-    active = list(range(len(batch)))
-    packed = None
-    with frozen(model):
+    trace = [[soft_prefix(W, f.r, [], [])] for f in batch]
+    moments = [(torch.zeros_like(t[0]), torch.zeros_like(t[0])) for t in trace] if args.optimizer == "adam" else None
+    active, packed = list(range(len(batch))), None
+    with frozen(model, args.checkpoint_activations):
         for i in range(1, args.revision_steps + 1):  # Alg. 1, for i = 1..K
             if packed is None:
                 packed = pack([batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
-            losses, G = losses_and_gradient(model, packed, torch.cat([soft[b] for b in active]))
+            losses, G = losses_and_gradient(model, packed, torch.cat([trace[b][-1] for b in active]))
             gamma = args.gamma0 * 2 / (i + 1)  # Eq. (7); 2/(i+1) is the classical step of Frank-Wolfe
-            if args.vertices == "random":  # control: same step sizes, directions without information
-                v = torch.cat([allowed[torch.randint(len(allowed), (len(batch[b].r),), generator=torch.Generator()
-                               .manual_seed(rollout.row_key(args.seed, batch[b].id, batch[b].sample, "vertex", i)))
-                               .to(allowed.device)] for b in active])
-            else:
-                v = oracle(G, W, allowed)
+            vertices = oracle(G, W, allowed)
             sizes = [len(batch[b].r) for b in active]
             moving = []
-            for b, loss, g, atom in zip(active, losses.tolist(), G.split(sizes), v.split(sizes)):
-                batch[b].losses.append(loss)
+            for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), vertices.split(sizes)):
+                f, E = batch[b], trace[b][-1]
+                f.losses.append(loss)
                 if loss[1] < args.eps_stop:  # Alg. 1: stop if L_guide < eps, before the step
                     continue
-                vertex = W[atom].float()
-                batch[b].gaps.append(float((g * (soft[b] - vertex)).sum()))  # <G, E - V*> >= 0, 0 where stationary
-                batch[b].atoms.append(atom)
-                batch[b].gammas.append(gamma)
-                soft[b] = (1 - gamma) * soft[b] + gamma * vertex  # Eq. (7)
                 moving.append(b)
+                f.gaps.append(float((g * (E - W[v].float())).sum()))  # <G, E - V*>; in the hull >= 0, 0 where stationary
+                if moments is not None:
+                    trace[b].append(adam_step(E, g, moments[b], i, args.adam_lr))
+                    continue
+                v = random_vertices(f, i, allowed, args.seed) if args.vertices == "random" else v
+                f.atoms.append(v)
+                f.gammas.append(gamma)
+                trace[b].append((1 - gamma) * E + gamma * W[v].float())  # Eq. (7)
             if moving != active:
                 active, packed = moving, None
             if not active:
                 break
+    return trace
 
 
 # --- one batch of failed rollouts, from cut to verified trajectory ----------------------------------------------------
@@ -250,8 +278,8 @@ def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[i
 
 
 def cut(response_ids: list[int], rho: float) -> int:
-    """|r| = floor(rho * tokens), end-of-sequence included in the count. 0, or a response of one token, cannot be cut."""
-    return int(rho * len(response_ids))
+    """|r| = floor(rho * tokens), end-of-sequence included in the count. 0 means that the rollout is too short to cut."""
+    return math.floor(rho * len(response_ids) + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argparse.Namespace, verify) -> list[dict]:
@@ -261,14 +289,16 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     rollout, in order; nothing in it depends on the batch in float32.
     """
     W = model.get_input_embeddings().weight.detach()
-    allowed = allowed_rows(tokenizer, vocab, args.vertex_rows).to(W.device)
+    allowed = allowed_rows(tokenizer, vocab, len(W), args.vertex_rows).to(W.device)
     batch = []
     for r in rollouts:
         template, gold = answer_ids(tokenizer, args.template, r.get("guide_answer", r["answer"]))
         n = 0 if args.start == "scratch" else cut(r["response_ids"], args.rho)
         batch.append(Failure(r["id"], r["sample"], r["prompt_ids"], r["response_ids"][:n], r["response_ids"][n:], gold))
     if args.start == "soft":
-        frank_wolfe(model, batch, template, allowed, args)
+        trace = revise_prefixes(model, batch, template, allowed, args)
+    else:
+        trace = [[soft_prefix(W, f.r, [], [])] for f in batch]  # controls: the hard prefix, or none
 
     # Decode from the soft prefix; with --record-every also after fewer steps, for the curves of Fig. 3
     steps = sorted({*range(0, args.revision_steps, args.record_every), args.revision_steps} if args.record_every
@@ -278,9 +308,9 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     embed = model.get_input_embeddings()
     for step in steps:
         prompts, keys, limits = [], [], []
-        for f in batch:
+        for f, E in zip(batch, trace):
             q = embed(torch.tensor(f.q, device=W.device)).detach()
-            prompts.append(torch.cat([q, soft_prefix(W, f.r, f.atoms[:step], f.gammas[:step]).to(q.dtype)]))
+            prompts.append(torch.cat([q, E[min(step, len(E) - 1)].to(q.dtype)]))
             keys.append([rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)])
             context = getattr(model.config, "max_position_embeddings", None) or float("inf")
             limits.append(int(min(args.max_new_tokens - len(f.r), context - len(f.q) - len(f.r))))
@@ -290,9 +320,9 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
             result[step] = s
 
     records = []
-    for f, r, result in zip(batch, rollouts, results):
-        projected = best_rows(soft_prefix(W, f.r, f.atoms, f.gammas), W, allowed, args.projection).tolist() \
-            if f.atoms else f.r  # Eq. (8); a prefix that did not move is its own tokens
+    for f, r, E, result in zip(batch, rollouts, trace, results):
+        # Eq. (8); a prefix that did not move is its own tokens
+        projected = best_rows(E[-1], W, allowed, args.projection).tolist() if len(E) > 1 else f.r
         curve = {}
         for step, samples in result.items():
             soft_text = [tokenizer.decode(f.r + s.ids, skip_special_tokens=True) for s in samples]
@@ -316,8 +346,11 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     return records
 
 
-def allowed_rows(tokenizer, vocab: int, which: str) -> Tensor:
-    """Ids of the rows of W that may be vertices and projections: all below `vocab`, with or without special tokens."""
+def allowed_rows(tokenizer, vocab: int, rows: int, which: str) -> Tensor:
+    """Ids of the rows of W that may be vertices and projections: the tokenizer's, those without special tokens, or all
+    `rows` (some of which no tokenizer can decode)."""
+    if which == "all":
+        return torch.arange(rows)
     special = set(tokenizer.all_special_ids) if which == "text" else set()
     return torch.tensor([i for i in sorted(set(tokenizer.get_vocab().values())) if i < vocab and i not in special])
 
@@ -380,12 +413,17 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the sentence that the gold answer ends")
     parser.add_argument("--reduction", default="sum", choices=["sum", "mean"], help="[Eqs. 2-4] sum; mean is [ours]")
     parser.add_argument("--projection", default="inner", choices=["inner", "cosine", "l2"], help="[Eq. 8] inner product")
-    parser.add_argument("--vertex-rows", default="tokens", choices=["tokens", "text"],
-                        help="[ours] vertices: every id of the tokenizer, or all but the special ones")
+    parser.add_argument("--vertex-rows", default="tokens", choices=["tokens", "text", "all"],
+                        help="[ours] vertices: every id of the tokenizer, all but the special ones, or all rows of W")
     parser.add_argument("--continuations", type=int, default=8, help="[Fig. 3] continuations per revised prefix")
     parser.add_argument("--vertices", default="oracle", choices=["oracle", "random"], help="[ours] control: random")
     parser.add_argument("--from", dest="start", default="soft", choices=["soft", "hard-prefix", "scratch"],
                         help="[ours] controls: continue the unrevised prefix, or sample anew from the prompt")
+    parser.add_argument("--optimizer", default="frank-wolfe", choices=["frank-wolfe", "adam"],
+                        help="[Table 3] adam is the unconstrained ablation; its prefixes are not stored")
+    parser.add_argument("--adam-lr", type=float, default=1e-2, help="[ours] step size of --optimizer adam")
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="[ours] recompute activations in the backward: less memory for long rollouts, a third slower")
     parser.add_argument("--record-every", type=int, default=0, help="[Fig. 3] also decode after every so many steps")
 
 
@@ -440,7 +478,7 @@ def main(args: argparse.Namespace) -> None:
         batches = [names[s:s + args.batch_size] for s in range(0, len(names), args.batch_size)]
         mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
         bar = tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt", disable=common.rank() > 0)
-        found = 0
+        found = seen = 0
         for batch in mine:
             records, unsolved = [], batch
             for attempt in range(max(len(failures[i]) for i in batch)):
@@ -450,10 +488,12 @@ def main(args: argparse.Namespace) -> None:
                 unsolved = [i for i in unsolved if i not in solved]
             common.append_jsonl(part, [r for r in records if (r["id"], r["sample"]) not in done])
             found += len(batch) - len(unsolved)
+            seen += len(batch)
             bar.update(len(batch))
-            bar.set_postfix_str(f"recovered {found / bar.n:.3f}")
+            bar.set_postfix_str(f"recovered {found / seen:.3f}")
         bar.close()
         common.merge_parts(out, "revised", {i: k for k, i in enumerate(failures)})
+    common.remove_parts(out, "revised")
 
     # === recovered trajectories and the summary ===
     if common.rank() == 0:
@@ -469,4 +509,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(get_args, main)
+    if sys.argv[1:2] == ["show"]:
+        import show
+        common.run_script(lambda: show.get_args(sys.argv[2:]), show.main)
+    else:
+        common.run_script(get_args, main)

@@ -1,0 +1,137 @@
+"""Speed and memory, each measured against a reference in the same run: one JSON line per measure.
+
+    python bench.py revise            one Frank-Wolfe step against Algorithm 1 written literally (CPU; --device cuda)
+
+Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`. Timings are
+medians of interleaved runs. `revise_saved_bytes_*` is the most that autograd keeps alive at a time, parameters excluded.
+"""
+import argparse
+import json
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import common
+import revise
+
+SHAPES = {"short": (150, 800, 200, 20), "long": (150, 3200, 800, 20)}  # tokens: q, r, c, template and gold together
+
+
+def small_qwen2(device: torch.device) -> Qwen2ForCausalLM:
+    """Random weights in the proportions of Qwen2.5-1.5B: the head holds about 15 % of the multiplications."""
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=6144, hidden_size=256, intermediate_size=1472, num_hidden_layers=6, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Qwen2ForCausalLM(config).to(device)
+    model.set_attn_implementation("sdpa")
+    return model.to(dtype) if dtype != torch.float32 else model
+
+
+def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
+    """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss, then one
+    product with the whole vocabulary. Parameters ask for gradients, as they do in a model that nobody froze."""
+    embed = model.get_input_embeddings()
+    E = E.detach().requires_grad_()
+
+    def logp(*parts: list[int]) -> torch.Tensor:
+        """sum log p of the last part's tokens, given q, E and the parts before it."""
+        ids = torch.tensor([i for p in parts for i in p], device=E.device)
+        x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype), embed(ids)])[None]
+        logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
+        n = len(parts[-1])
+        return -F.cross_entropy(logits[-n - 1:-1], ids[-n:], reduction="sum")
+
+    explore, guide = logp(f.c), -logp(template, f.gold)
+    x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype)])[None]
+    logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
+    nll = F.cross_entropy(logits[len(f.q) - 1:-1], torch.tensor(f.r, device=E.device), reduction="sum")
+    G, = torch.autograd.grad(weights[0] * explore + weights[1] * guide + weights[2] * nll, E)
+    return torch.stack([explore, guide, nll]).detach(), G, (G.float() @ W.float().T).argmin(-1)
+
+
+def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
+    with revise.frozen(model):
+        packed = revise.pack([f], template, weights, False, W.device)
+        losses, G = revise.losses_and_gradient(model, packed, E)
+    return losses[0], G, revise.oracle(G, W, torch.arange(len(W), device=W.device))
+
+
+def timed(function, *args) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def saved_bytes(model, function, *args) -> int:
+    """Largest number of bytes that autograd keeps alive for a backward at any time: distinct storages, without the model's."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    users, live, peak = {}, 0, 0
+
+    class Saved:  # autograd holds it for as long as it needs the tensor
+        def __init__(self, t: torch.Tensor):
+            nonlocal live, peak
+            self.t, self.key, self.size = t, t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
+            if self.key not in own:
+                live += 0 if users.get(self.key) else self.size
+                users[self.key] = users.get(self.key, 0) + 1
+                peak = max(peak, live)
+
+        def __del__(self):
+            nonlocal live
+            if self.key not in own:
+                users[self.key] -= 1
+                live -= 0 if users[self.key] else self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.t):
+        function(*args)
+    return peak
+
+
+def report(measure: str, ours: float, reference: float, unit: str, **facts) -> None:
+    print(json.dumps({"measure": measure, "ours": ours, "reference": reference, "ratio": round(reference / ours, 3),
+                      "unit": unit, **facts}), flush=True)
+
+
+def bench_revise(args: argparse.Namespace) -> None:
+    device = common.pick_device(args.device)
+    model = small_qwen2(device)
+    W = model.get_input_embeddings().weight.detach()
+    weights = (1.0, 1.0, 0.1)
+    for name, (q, r, c, a) in SHAPES.items():
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, len(W), (q + r + c + a,), generator=generator).tolist()
+        f = revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-4:])
+        step = (model, f, ids[-a:-4], W, revise.soft_prefix(W, f.r, [], []), weights)
+        (ours, G, v), (theirs, G_literal, v_literal) = packed_step(*step), literal_step(*step)
+        agreement = {"gradient_relative_error": float((G - G_literal).norm() / G_literal.norm()),
+                     "vertices_equal": float((v == v_literal).float().mean()),
+                     "losses_relative_error": float(((ours - theirs) / theirs).abs().max())}
+        runs = [(timed(packed_step, *step), timed(literal_step, *step)) for _ in range(args.runs)]
+        fast, slow = (statistics.median(x) for x in zip(*runs))
+        report(f"revise_step_{name}", fast, slow, "seconds", shape=[q, r, c, a], threads=torch.get_num_threads(), **agreement)
+        report(f"revise_saved_bytes_{name}", saved_bytes(model, packed_step, *step), saved_bytes(model, literal_step, *step),
+               "bytes", shape=[q, r, c, a])
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["revise"], help="[ours] what to measure")
+    parser.add_argument("--device", default="auto", help="[ours] auto, cpu or cuda")
+    parser.add_argument("--runs", type=int, default=5, help="[ours] interleaved runs of each; the median is reported")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    bench_revise(args)
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)
