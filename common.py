@@ -30,14 +30,9 @@ def read_jsonl(path: str | Path, fields: tuple[str, ...] = (), drop_torn: bool =
     drop_torn=True forgets a last line without a newline, which is what a killed writer leaves behind.
     Raises UserError naming `path:line` for a missing file, a malformed line or a missing field.
     """
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    if drop_torn:
-        lines = lines[:-1]
+    lines = read_bytes(path).split(b"\n")
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines[:-1] if drop_torn else lines, 1):
         if not line.strip():
             continue
         try:
@@ -51,6 +46,13 @@ def read_jsonl(path: str | Path, fields: tuple[str, ...] = (), drop_torn: bool =
                 raise UserError(f"{path}:{number}: no field {field!r}")
         records.append(record)
     return records
+
+
+def read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def to_line(record: dict) -> str:
@@ -69,11 +71,6 @@ def write_atomic(path: str | Path, text: str) -> None:
     aside = Path(f"{path}.tmp")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
-
-
-def repair_tail(path: Path) -> None:
-    """Cut a torn last line off a file that is about to be appended to."""
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
@@ -100,7 +97,7 @@ def open_part(out: Path, name: str, keep) -> tuple[Path, dict]:
     part = out / f"{name}.rank{rank()}.part"
     if rank() == 0:
         for path in out.glob(f"{name}.rank*.part"):  # also those of ranks that this run does not have
-            repair_tail(path)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill in mid-write leaves a torn last line
     barrier()
     done = scan(sorted(out.glob(f"{name}.rank*.part")), keep)
     barrier()  # nobody appends before everybody has read
@@ -132,10 +129,7 @@ def remove_parts(out: Path, name: str) -> None:
 
 def file_digest(path: str | Path) -> str:
     """A short hash of a file's content, to notice that the data of a run changed. Raises UserError if unreadable."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
 
 
 def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] = (), **facts) -> Path:
@@ -150,7 +144,7 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in free + ("out",)} | facts
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
     record = out / "run.json"
-    if record.exists() and any(not p.name.startswith("run.json") for p in out.iterdir()):
+    if record.exists() and any(p.is_file() and not p.name.startswith("run.json") for p in out.rglob("*")):
         before = json.loads(record.read_text())["settings"]
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
@@ -256,8 +250,10 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         raise UserError(f"--model {args.model}: cannot be loaded ({reason})") from None
     if info["missing_keys"]:  # they would be random numbers, with no more than a warning
         raise UserError(f"--model {args.model}: its weights lack {sorted(info['missing_keys'])[:3]}")
-    vocab = min(max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0])
-    return model.to(device).eval(), tokenizer, vocab
+    ids = set(tokenizer.get_vocab().values())
+    if ids <= set(tokenizer.all_special_ids):  # what transformers makes of a Qwen folder without tokenizer files
+        raise UserError(f"--model {args.model}: has no tokenizer")
+    return model.to(device).eval(), tokenizer, min(max(ids) + 1, model.get_input_embeddings().num_embeddings)
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -278,9 +274,8 @@ def load_verifier(spec: str):
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
-        function = getattr(module, name)
-    except (OSError, AttributeError, ImportError, SyntaxError) as e:
+        if not callable(getattr(module, name)):
+            raise TypeError(f"{name} is not a function")
+    except (OSError, AttributeError, ImportError, SyntaxError, TypeError) as e:
         raise UserError(f"--verifier {spec}: expected path.py:function ({e})") from None
-    if not callable(function):
-        raise UserError(f"--verifier {spec}: expected path.py:function ({name} is no function)")
-    return function
+    return getattr(module, name)

@@ -1,6 +1,6 @@
 """pass@k of one or several models on one or several problem sets, in one table (paper Sec. 4.1, Table 1).
 
-    python eval.py --model toy_model out/sft/model --data test_hard.jsonl --n 32 --k 1 32 --out out/eval
+    python eval.py --model toy_model out/sft/model --data test_hard.jsonl -n 32 --k 1 32 --out out/eval
     torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --data math500.jsonl aime24.jsonl --out out/eval
 
 Reads   problems as rollout.py does.
@@ -95,7 +95,7 @@ FREE = (*rollout.FREE, "model", "data", "k")  # models, sets and ks can be added
 def main(args: argparse.Namespace) -> list[dict]:
     rollout.check_sampling_args(args)
     if not all(1 <= k <= args.n for k in args.k):
-        raise UserError(f"--k {args.k}: each must be between 1 and --n {args.n}")
+        raise UserError(f"--k {args.k}: each must be between 1 and -n {args.n}")
     sets = {name: rollout.read_problems(path, args) for name, path in zip(distinct_names(args.data), args.data)}
     device = common.pick_device(args.device)
     common.load_verifier(args.verifier)  # a wrong one is noticed before anything is written

@@ -1,6 +1,6 @@
 """Sample N responses to every problem, verify them, and find the zero-hit prompts (paper Sec. 3.1 and 4.1, dapo-hard).
 
-    python rollout.py --model toy_model --data problems.jsonl --n 32 --out out/rollouts
+    python rollout.py --model toy_model --data problems.jsonl -n 32 --out out/rollouts
     torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl -n 32 --out out/rollouts
 
 Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names through flags.
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -191,7 +192,8 @@ def clean_problem(problem: object, where: str) -> str | list[dict]:
     if not (isinstance(problem, list) and problem and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in problem)):
         raise UserError(f"{where}: the problem is neither a string nor a list of chat messages")
-    return problem
+    wrapped = DAPO.match(problem[0]["content"]) if len(problem) == 1 else None  # as the hub file of DAPO has it
+    return wrapped[1] if wrapped else problem
 
 
 def check_ids(record: dict, vocab: int, where: str) -> None:
@@ -215,11 +217,15 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
             raise UserError("--prompt-format chat: the tokenizer of --model has no chat template")
         if isinstance(problem, str):
             problem = [{"role": "user", "content": f"{problem}\n{args.instruction}" if args.instruction else problem}]
+    elif not isinstance(problem, str):
+        raise UserError("--prompt-format plain: a problem made of chat messages needs a chat template")
+    try:
+        if style == "plain":
+            return tokenizer(PLAIN.format(problem=problem, instruction=args.instruction))["input_ids"]
         text = tokenizer.apply_chat_template(problem, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not isinstance(problem, str):
-        raise UserError("--prompt-format plain: a problem made of chat messages needs a chat template")
-    return tokenizer(PLAIN.format(problem=problem, instruction=args.instruction))["input_ids"]
+    except (TemplateError, TypeError) as e:  # a role that the template refuses; a string that is not Unicode
+        raise UserError(f"problem {str(problem)[:60]!r}: refused by the tokenizer of --model ({e})") from None
 
 
 def add_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace) -> None:

@@ -69,7 +69,7 @@ def number(x: float | None, digits: int = 3) -> str:
 
 
 def as_text(record: dict, rows: list[dict]) -> str:
-    lines = [(f"{record['id']} rollout {record['sample']}: gold {printable(record['answer'])}, "
+    lines = [(f"{printable(record['id'])} rollout {record['sample']}: gold {printable(record['answer'])}, "
               f"recovered {record['recovered']}, {len(rows)} prefix tokens, {100 * record['kept']:.0f} % kept"), "",
              " step   gamma        gap  L_explore    L_guide      L_NLL"]
     lines += [f"{i:5d} {number(g):>7} {number(gap):>10} " + " ".join(f"{x:10.3f}" for x in loss)
@@ -98,7 +98,7 @@ def as_html(record: dict, rows: list[dict]) -> str:
         for j, row in enumerate(rows))
     continuations = "".join(f"<tr><td class='{'ok' if c['reward'] else 'no'}'>{'right' if c['reward'] else 'wrong'}"
                             f"<td class=t>{e(printable(c['response']))}" for c in record["continuations"])
-    title = e(f"{record['id']}, rollout {record['sample']}: gold {record['answer']}")
+    title = e(printable(f"{record['id']}, rollout {record['sample']}: gold {record['answer']}"))
     return f"""<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>
 <p>{'Recovered' if record['recovered'] else 'Not recovered'}. The prefix, darker where its embedding moved farther; tokens that the
 projection changed are underlined ({100 * record['kept']:.0f} % are kept).</p><p class=p>{prefix}</p>

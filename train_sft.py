@@ -212,10 +212,13 @@ def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> l
                 rollout.check_ids(r, model.get_input_embeddings().num_embeddings, where)
                 row = {"prompt_ids": r["prompt_ids"], "response_ids": r["response_ids"]}
             elif "problem" in r and isinstance(r.get("response"), str):
+                end = common.eos_ids(model, tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+                try:
+                    response = tokenizer(r["response"], add_special_tokens=False)["input_ids"]
+                except TypeError:
+                    raise UserError(f"{where}: the response is not Unicode text") from None
                 row = {"prompt_ids": rollout.prompt_ids(tokenizer, rollout.clean_problem(r["problem"], where), args),
-                       "response_ids": [*tokenizer(r["response"], add_special_tokens=False)["input_ids"],
-                                        common.eos_ids(model, tokenizer)[0] if tokenizer.eos_token_id is None
-                                        else tokenizer.eos_token_id]}
+                       "response_ids": [*response, end]}
             else:
                 raise UserError(f"{where}: needs prompt_ids and response_ids, or problem and response")
             if len(row["prompt_ids"]) + len(row["response_ids"]) > context:
@@ -286,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
                 logp, _, _ = response_logprobs(model, [mine[i] for i in indices])
             loss = -logp.sum() / tokens  # denominator: response tokens of the whole optimizer step
             loss.backward()
-            loss_sum += float(loss)
+            loss_sum += float(loss.detach())
         norm = apply_gradients(model, optimizer, args.grad_clip)
         loss_sum = total(loss_sum)
         if common.rank() == 0:

@@ -1,6 +1,18 @@
 """Small random models of the real architectures, and a tokenizer smaller than their embedding."""
+import argparse
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a missing folder is not looked for on the hub
 
 import pytest
 import torch
@@ -19,9 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+import common
+import rollout
+
 ROWS, TOKENS = 160, 150  # embedding rows, tokenizer ids: ids 150..159 have a row and no token
-SHAPE = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
+SHAPE = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None,
+         "eos_token_id": 1, "pad_token_id": 1}
 
 
 def tiny_model(family: str, tied: bool = True, seed: int = 0):
@@ -36,15 +52,18 @@ def tiny_model(family: str, tied: bool = True, seed: int = 0):
 
 
 def tiny_tokenizer(chat: bool = True):
-    """Every printable ASCII character is a token, ids 0..TOKENS-1; padding equals end-of-sequence."""
+    """Every printable ASCII character is a token, ids 0..TOKENS-1; padding equals end-of-sequence.
+
+    Bytes as Qwen2's BPE writes them, without merges: AutoTokenizer makes a Qwen2Tokenizer of it beside a Qwen2 model.
+    """
     vocab = {"<unk>": 0, "<eos>": 1}
-    for ch in map(chr, [10, *range(32, 127)]):
+    for ch in ["\u010a", "\u0120", *map(chr, range(33, 127))]:  # line feed, space
         vocab[ch] = len(vocab)
     while len(vocab) < TOKENS:
         vocab[f"<extra{len(vocab)}>"] = len(vocab)
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>",
                                    clean_up_tokenization_spaces=False)
     if chat:
@@ -60,3 +79,112 @@ def model_dir(tmp_path_factory):
     tiny_model("qwen2").save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+# --- running stages ---------------------------------------------------------------------------------------------------
+PARITY = "def verify(response, gold):\n    return len(response) % 2 == 1\n"  # hits and misses from a random model
+
+
+def write_problems(path: Path, count: int = 5) -> Path:
+    path.write_text("".join(common.to_line({"id": f"p{i}", "problem": f"{i}+{i}?", "answer": str(2 * i)})
+                            for i in range(count)))
+    return path
+
+
+def write_verifier(path: Path, text: str = PARITY) -> str:
+    """A verifier file as --verifier takes it."""
+    path.write_text(text)
+    return f"{path}:verify"
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_seconds(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in records]
+
+
+def args_for(tmp_path: Path, *extra: str) -> argparse.Namespace:
+    return rollout.get_args(["--model", "m", "--data", "d", "--out", str(tmp_path), *extra])
+
+
+def run(script: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """A stage as a user runs it, through python or torchrun: seconds of imports every time."""
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    result = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+                            env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}, timeout=300,
+                            check=False)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+# A fork server that has imported everything once: a real process per stage, to kill or to group, in half a second.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch", "safetensors.torch", "transformers.models.auto.modeling_auto",
+                               "transformers.models.auto.tokenization_auto", "transformers.models.qwen2.modeling_qwen2",
+                               "transformers.models.qwen3.modeling_qwen3", "transformers.models.llama.modeling_llama"])
+
+
+def die_at(point: int) -> None:
+    """In the child: SIGKILL at the point-th moment at which files change, appends half done, renames just before them
+    and (an odd number of moments later) just after."""
+    moments = itertools.count(1)
+
+    def maybe_die():
+        if next(moments) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    append, replace = common.append_jsonl, os.replace
+
+    def torn_append(path, records):
+        text = "".join(map(common.to_line, records))
+        with open(path, "a") as f:
+            f.write(text[:len(text) // 2])
+        maybe_die()
+        os.truncate(path, os.path.getsize(path) - len(text) // 2)
+        append(path, records)
+
+    def torn_replace(a, b):
+        maybe_die()
+        replace(a, b)
+        maybe_die()
+
+    common.append_jsonl, os.replace = torn_append, torn_replace
+
+
+def child(script: str, argv: list[str], log: str, env: dict[str, str], point: int) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(f"{log}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update({"HF_HUB_OFFLINE": "1"} | env)
+    torch.set_num_threads(1)
+    if point:
+        die_at(point)
+    sys.argv = [script, *argv]
+    stage = importlib.import_module(script.removesuffix(".py"))
+    common.run_script(stage.get_args, stage.main)
+
+
+def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool = True) -> subprocess.CompletedProcess:
+    """A stage in processes of its own, quickly. kill_at: see die_at (check must then expect -SIGKILL)."""
+    argv = list(map(str, args))
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        s.close()
+        group = group if processes > 1 else {}
+        ranks = [server.Process(target=child, args=(script, argv, f"{folder}/{r}", group | {
+            "RANK": str(r), "LOCAL_RANK": str(r)}, kill_at)) for r in range(processes)]
+        for p in ranks:
+            p.start()
+        for p in ranks:
+            p.join(120)
+            p.kill()
+            p.join()
+        out = Path(f"{folder}/0.1").read_text()
+        err = "".join(Path(f"{folder}/{r}.2").read_text() for r in range(processes))
+        code = next((p.exitcode for p in ranks if p.exitcode), 0)
+    expected = -signal.SIGKILL if kill_at else 0
+    assert not check or code == expected, f"exit {code}\n{err}"
+    return subprocess.CompletedProcess([script, *argv], code, out, err)

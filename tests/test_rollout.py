@@ -1,11 +1,9 @@
 """rollout.py: sampling against generate() and teacher forcing, random numbers, prompts, resume."""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TOKENS, tiny_model, tiny_tokenizer
+from conftest import TOKENS, args_for, run, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
 
 import common
 import rollout
@@ -108,7 +106,7 @@ def test_top_k_and_top_p_against_the_definition():
     for k, p in [(3, 1.0), (0, 0.7), (5, 0.5), (0, 1e-9), (25, 1.0)]:
         kept = rollout.filter_logits(logits, k, p).isfinite()
         for row, mask in zip(logits, kept):
-            order = sorted(range(20), key=lambda i: -row[i])  # noqa: B023
+            order = sorted(range(20), key=lambda i: -row[i])
             allowed = order[:k] if k else order
             probs = torch.softmax(row[allowed], -1)
             nucleus = next((m for m in range(1, len(allowed) + 1) if probs[:m].sum() >= p), len(allowed))
@@ -123,13 +121,9 @@ def test_checkpoint_sampling_settings_are_ignored():
 
 
 # --- prompts and problems ---------------------------------------------------------------------------------------------
-def args_for(tmp_path, *extra):
-    return rollout.get_args(["--model", "m", "--data", "d", "--out", str(tmp_path), *extra])
-
-
 def test_chat_and_plain_prompts(tmp_path):
     chat, plain = tiny_tokenizer(), tiny_tokenizer(chat=False)
-    text = lambda t, p, *f: t.decode(rollout.prompt_ids(t, p, args_for(tmp_path, *f)))  # noqa: E731
+    text = lambda t, p, *f: t.decode(rollout.prompt_ids(t, p, args_for(tmp_path, *f)))
     assert text(chat, "1+1?") == f"[user]1+1?\n{rollout.INSTRUCTION}[assistant]"
     assert text(chat, "1+1?", "--instruction", "") == "[user]1+1?[assistant]"
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}]
@@ -153,25 +147,12 @@ def test_dapo_wrapper_is_replaced(tmp_path):
 
 
 # --- the stage as a script --------------------------------------------------------------------------------------------
-def write_problems(path, count=5):
-    path.write_text("".join(json.dumps({"id": f"p{i}", "problem": f"{i}+{i}?", "answer": str(2 * i)}) + "\n" for i in range(count)))
-    return path
-
-
-def run(script, *args, processes=1, check=True):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                            env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}, timeout=300, check=False)
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
 def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(tmp_path, model_dir):
     data = write_problems(tmp_path / "d.jsonl")
-    flags = ["--model", model_dir, "--data", data, "--n", 6, "--max-new-tokens", 10, "--device", "cpu"]
+    flags = ["--model", model_dir, "--data", data, "-n", 6, "--max-new-tokens", 10, "--device", "cpu",
+             "--verifier", write_verifier(tmp_path / "v.py")]
     run("rollout.py", *flags, "--out", tmp_path / "a", "--batch-size", 4)
-    run("rollout.py", *flags, "--out", tmp_path / "b", "--batch-size", 64)
+    stage("rollout.py", *flags, "--out", tmp_path / "b", "--batch-size", 64)
     run("rollout.py", *flags, "--out", tmp_path / "c", "--batch-size", 4, processes=2)
     whole = (tmp_path / "a" / "rollouts.jsonl").read_bytes()
     assert whole.count(b"\n") == 30
@@ -183,11 +164,11 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
     run_dir.mkdir()
     (run_dir / "run.json").write_text((tmp_path / "a" / "run.json").read_text())
     (run_dir / "rollouts.rank0.part").write_bytes(b"".join(lines[:7]) + lines[7][:20])
-    (run_dir / "rollouts.rank3.part").write_bytes(b"".join(lines[20:22]))
-    run("rollout.py", *flags, "--out", run_dir, "--batch-size", 4)
+    (run_dir / "rollouts.rank3.part").write_bytes(b"".join(lines[20:22]) + lines[22][:9])
+    stage("rollout.py", *flags, "--out", run_dir, "--batch-size", 4)
     for name in ("rollouts.jsonl", "zero_hit.jsonl", "summary.json"):
         assert (run_dir / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
     assert not list(run_dir.glob("*.part"))
     # other settings in the same folder are refused
-    refused = run("rollout.py", *flags, "--out", run_dir, "--seed", 1, check=False)
+    refused = stage("rollout.py", *flags, "--out", run_dir, "--seed", 1, check=False)
     assert refused.returncode == 2 and "--seed" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1

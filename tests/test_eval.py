@@ -1,0 +1,168 @@
+"""eval.py: pass@k against enumeration, intervals against their coverage, the table against the samples beside it."""
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+from conftest import read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+
+import common
+import eval as evaluation
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_eq1_pass_at_k_equals_enumeration_of_all_subsets(n):
+    for c in range(n + 1):
+        correct = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            subsets = list(combinations(correct, k))
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+@pytest.mark.parametrize("n,c,k", [(8, 9, 1), (8, -1, 1), (8, 2, 9), (8, 2, 0)])
+def test_eq1_pass_at_k_refuses_what_has_no_meaning(n, c, k):
+    with pytest.raises(ValueError, match="pass@"):
+        evaluation.pass_at_k(n, c, k)
+
+
+def test_pass_at_k_is_exact_where_floating_point_products_are_not():
+    assert evaluation.pass_at_k(1024, 1, 512) == 0.5
+    assert evaluation.pass_at_k(32, 0, 32) == 0 and evaluation.pass_at_k(32, 1, 32) == 1
+
+
+def test_bootstrap_interval_covers_the_mean_about_95_percent_of_the_time(monkeypatch):
+    monkeypatch.setattr(evaluation, "BOOTSTRAP", 500)
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(300):
+        p = rng.beta(2, 3, size=60)  # problems of different difficulty; the mean is 0.4
+        low, high = evaluation.bootstrap_interval((rng.binomial(8, p) / 8).tolist(), trial)
+        covered += low <= 0.4 <= high
+    assert 0.90 <= covered / 300 <= 0.98  # 95 % less a little: a percentile interval of 60 values is slightly narrow
+
+
+def test_bootstrap_interval_equals_resampling_written_out():
+    rng = np.random.default_rng(1)
+    values = [*rng.random(9), 0.5, 0.5]  # some values are equal, as shares of n samples often are
+    means = [np.mean([values[i] for i in rng.integers(11, size=11)]) for _ in range(20_000)]
+    assert evaluation.bootstrap_interval(values) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.01)
+    assert evaluation.bootstrap_interval(values, 3) == evaluation.bootstrap_interval(values, 3)
+    assert evaluation.bootstrap_interval([0.5] * 4) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("successes,n,low,high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634),
+                                                  (1, 100, 0.0018, 0.0545), (0, 0, 0.0, 1.0)])
+def test_wilson_interval_equals_published_values(successes, n, low, high):
+    assert evaluation.wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_bounds_solve_its_defining_equation():
+    for bound in evaluation.wilson_interval(7, 25):  # |p - bound| = z * standard error at the bound
+        assert abs(7 / 25 - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / 25) ** 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("paths,names", [
+    (["out/sft/model", "out/grpo/model"], ["sft-model", "grpo-model"]), (["Qwen/Qwen3-8B-Base"], ["Qwen3-8B-Base"]),
+    (["a/math500.jsonl", "aime.v2.jsonl"], ["math500", "aime.v2"]),
+    (["x/a/m", "y/a/m", "y/b/m"], ["x-a-m", "y-a-m", "y-b-m"]),
+    (["../toy_model", "./other/"], ["toy_model", "other"])])
+def test_distinct_names_are_the_shortest_endings_that_differ(paths, names):
+    assert evaluation.distinct_names(paths) == names
+
+
+def test_distinct_names_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    assert evaluation.distinct_names(["."]) == ["model"]
+
+
+@pytest.mark.parametrize("paths", [["m", "m"], ["m", "./m"]])
+def test_the_same_path_twice_is_refused(paths):
+    with pytest.raises(common.UserError, match="twice"):
+        evaluation.distinct_names(paths)
+
+
+# --- the stage as a script --------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_dir):
+    """Two models on two problem sets."""
+    path = tmp_path_factory.mktemp("eval")
+    other = path / "other"
+    tiny_model("qwen3", tied=False, seed=3).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    flags = ["--model", model_dir, other, "--data", write_problems(path / "one.jsonl", 5),
+             write_problems(path / "two.jsonl", 3),
+             "-n", 4, "--k", 1, 3, "--max-new-tokens", 6, "--device", "cpu", "--batch-size", 8,
+             "--verifier", write_verifier(path / "v.py")]
+    result = stage("eval.py", *flags, "--out", path / "out")
+    return path / "out", flags, result
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+            and p.name != "run.json"}
+
+
+def test_results_equal_a_recount_from_the_saved_samples(finished):
+    out, _, result = finished
+    results = json.loads((out / "results.json").read_text())
+    assert [(r["model"], r["data"]) for r in results] == [(m, d) for m in ("qwen2", "other") for d in ("one", "two")]
+    lines = (out / "results.md").read_text().splitlines()
+    assert result.stdout.splitlines()[-4:] == lines
+    assert lines[0] == "| model | one @1 | one @3 | two @1 | two @3 |"
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:]}
+    for r in results:
+        rows = read(out / r["model"] / r["data"] / "rollouts.jsonl")
+        assert len(rows) == 4 * r["problems"] == 4 * {"one": 5, "two": 3}[r["data"]]
+        assert all(row["reward"] == len(row["response"]) % 2 for row in rows)
+        assert r["mean_tokens"] == pytest.approx(sum(len(row["response_ids"]) for row in rows) / len(rows))
+        assert r["truncated"] == sum(row["finish"] == "length" for row in rows) / len(rows)
+        for column, k in enumerate((1, 3)):
+            share = []
+            for i in {row["id"] for row in rows}:
+                subsets = list(combinations([row["reward"] for row in rows if row["id"] == i], k))
+                share.append(sum(map(any, subsets)) / len(subsets))
+            expected = sum(share) / len(share)
+            assert 0 < expected
+            assert r["pass"][str(k)] == pytest.approx(expected)
+            low, high = r["interval"][str(k)]
+            assert low <= expected <= high
+            cell = cells[r["model"]][column + (2 if r["data"] == "two" else 0)]
+            assert cell.startswith(f"{100 * expected:.2f} [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+def test_a_second_run_samples_nothing_and_gives_the_same_bytes(finished):
+    out, flags, first = finished
+    before, times = tree(out), {p: p.stat().st_mtime_ns for p in out.rglob("rollouts.jsonl")}
+    again = stage("eval.py", *flags, "--out", out)
+    assert again.stdout == first.stdout and "rollout/s" not in again.stderr
+    assert tree(out) == before and {p: p.stat().st_mtime_ns for p in out.rglob("rollouts.jsonl")} == times
+
+
+# moments at which files change (conftest.die_at): 1-4 the two run.json, then a batch each, then renames
+@pytest.mark.parametrize("kills", [(3,), (6,), (9, 8)], ids=str)
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path, finished, kills):
+    out, flags, _ = finished
+    for point in kills:
+        stage("eval.py", *flags, "--out", tmp_path / "o", kill_at=point)
+    stage("eval.py", *flags, "--out", tmp_path / "o")
+    assert tree(tmp_path / "o") == tree(out)
+
+
+def test_two_processes_give_the_same_bytes_and_one_table(tmp_path, finished):
+    out, flags, first = finished
+    result = stage("eval.py", *flags, "--out", tmp_path / "o", processes=2)
+    assert tree(tmp_path / "o") == tree(out) and result.stdout == first.stdout
+
+
+def test_another_k_or_model_joins_a_folder_without_new_samples_for_what_is_there(tmp_path, finished):
+    _, flags, _ = finished
+    one = [flags[0], flags[1], *flags[3:]]
+    stage("eval.py", *one, "--out", tmp_path / "o")
+    stamp = (tmp_path / "o/qwen2/one/rollouts.jsonl").stat().st_mtime_ns
+    stage("eval.py", *flags, "--k", 1, 2, "--out", tmp_path / "o")
+    assert (tmp_path / "o/qwen2/one/rollouts.jsonl").stat().st_mtime_ns == stamp
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert len(results) == 4 and list(results[0]["pass"]) == ["1", "2"]
+    refused = stage("eval.py", *flags, "-n", 8, "--out", tmp_path / "o", check=False)
+    assert refused.returncode == 2 and "--n" in refused.stderr

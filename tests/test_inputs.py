@@ -1,0 +1,465 @@
+"""Bad input ends in one line that names the file and line or the flag, with exit code 2 and nothing lost. And what
+every script promises: --help, a source for every flag, documented commands that parse, imports without effects."""
+import argparse
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from torch.distributed.run import parse_args as torchrun_args
+
+import common
+
+STAGES = ["rollout", "revise", "train_sft", "train_grpo", "eval"]
+SAMPLERS = ["rollout", "revise", "train_grpo", "eval"]
+READERS = ["rollout", "train_grpo", "eval"]  # of problems
+
+
+class Desk:
+    """Good inputs for every stage, to spoil one at a time."""
+
+    def __init__(self, path, model_dir, monkeypatch, capsys):
+        self.path, self.out, self.monkeypatch, self.capsys = path, path / "out", monkeypatch, capsys
+        self.data = write_problems(path / "d.jsonl", 3)
+        self.rollouts = path / "rollouts"
+        self.rollouts.mkdir()
+        self.write_rollouts()
+        self.rows = path / "rows.jsonl"
+        self.rows.write_text(json.dumps({"prompt_ids": [5, 6], "response_ids": [7, 1]}) + "\n")
+        shared = {"--model": model_dir, "--out": self.out, "--device": "cpu"}
+        sampling = {"--verifier": write_verifier(path / "v.py"), "--max-new-tokens": 12}
+        self.flags = {
+            "rollout": shared | sampling | {"--data": self.data, "-n": 2},
+            "revise": shared | sampling | {"--rollouts": self.rollouts, "--continuations": 2},
+            "train_sft": shared | {"--data": self.rows, "--steps": 1, "--batch-size": 1},
+            "train_grpo": shared | sampling | {"--data": self.data, "--steps": 1, "--batch-prompts": 1,
+                                               "--group-size": 2, "--revise": None},
+            "eval": shared | sampling | {"--data": self.data, "-n": 2, "--k": 1}}
+
+    def write_rollouts(self, **changes):
+        self.rollouts.joinpath("rollouts.jsonl").write_text("".join(json.dumps(
+            {"id": f"p{i}", "sample": 0, "prompt_ids": [5, 6], "response_ids": [7] * 10, "response": "x",
+             "finish": "length", "reward": 0, "answer": str(i)} | changes) + "\n" for i in range(2)))
+
+    def run(self, name, changes):
+        """Run a stage in this process: exit code, stderr."""
+        argv = []
+        for flag, value in (self.flags[name] | changes).items():
+            argv += [flag, *map(str, value if isinstance(value, list) else [] if value is None else [value])]
+        module = importlib.import_module(name)
+        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+        self.capsys.readouterr()
+        try:
+            common.run_script(module.get_args, module.main)
+        except SystemExit as e:
+            return e.code, self.capsys.readouterr().err
+        return 0, self.capsys.readouterr().err
+
+    def fails(self, name, message, changes=None):
+        """Exactly one line, the right code, and an output folder that holds no more than before."""
+        before = self.tree()
+        code, err = self.run(name, changes or {})
+        assert code == 2, err
+        assert re.fullmatch(rf"{name}\.py: error: .*{message}.*\n", err), err
+        assert self.tree() == before
+        return err
+
+    def tree(self):
+        """Every file under the output folder; a run.json alone does not count, the next command may replace it."""
+        files = [p for p in self.out.rglob("*") if p.is_file()] if self.out.is_dir() else []
+        return {p: p.read_bytes() for p in files} if any(p.name != "run.json" for p in files) else {}
+
+
+@pytest.fixture
+def desk(tmp_path, model_dir, monkeypatch, capsys):
+    return Desk(tmp_path, model_dir, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_inputs_that_are_spoilt_below_are_good(desk, name):
+    assert desk.run(name, {})[0] == 0
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+GOOD = b'{"id": "a", "problem": "1+1?", "answer": "2"}\n'
+
+
+def row(**changes):
+    return (json.dumps({"id": "b", "problem": "1+2?", "answer": "3"} | changes) + "\n").encode()
+
+
+BAD_PROBLEMS = {
+    "malformed": (b'{"id": 1,\n', r"d\.jsonl:2: not JSON"), "truncated": (row()[:-5], r"d\.jsonl:2: not JSON"),
+    "bytes": (b'{"id": "\xff\xfe"}\n', r"d\.jsonl:2: not JSON"),
+    "list": (b"[1]\n", r"d\.jsonl:2: expected a JSON object"),
+    "text": (b'"x"\n', r"d\.jsonl:2: expected a JSON object"),
+    "null": (b"null\n", r"d\.jsonl:2: expected a JSON object"),
+    "deep": (b"[" * 100_000 + b"\n", r"d\.jsonl:2: not JSON"),
+    "no-problem": (b'{"id": "b", "answer": "3"}\n', r"d\.jsonl:2: no field 'problem'"),
+    "no-answer": (b'{"id": "b", "problem": "x"}\n', r"d\.jsonl:2: no field 'answer'"),
+    "same-id": (row(id="a"), r"d\.jsonl: record 2: id 'a' was used by record 1"),
+    **{f"answer-{v!r}": (row(answer=v), r"d\.jsonl: record 2: 'answer' is not a string or a number")
+       for v in (None, [], ["3"], {}, True, float("nan"), float("inf"))},
+    "answer-empty": (row(answer=" "), r"d\.jsonl: record 2: empty"),
+    "problem-empty": (row(problem=""), r"d\.jsonl: record 2: empty"),
+    **{f"problem-{v!r}": (row(problem=v), r"d\.jsonl: record 2: .*neither a string nor a list of chat messages")
+       for v in (None, 5, [], ["x"], [{"role": "user"}], [{"role": "user", "content": 3}], {})},
+    "surrogate": (row(problem="a\ud800"), "refused by the tokenizer"),
+    "long": (row(problem="x" * 600), r"--data: problem 'b' is \d+ tokens long"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROBLEMS)
+@pytest.mark.parametrize("name", READERS)
+def test_bad_problems(desk, name, case):
+    text, message = BAD_PROBLEMS[case]
+    desk.data.write_bytes(GOOD + text)
+    desk.fails(name, message)
+
+
+@pytest.mark.parametrize("name", [*READERS, "train_sft"])
+def test_missing_and_empty_data(desk, name):
+    desk.fails(name, r"nope\.jsonl: cannot be read", {"--data": desk.path / "nope.jsonl"})
+    desk.fails(name, "cannot be read", {"--data": desk.path})
+    empty = desk.path / "empty.jsonl"
+    empty.write_text("\n\n")
+    desk.fails(name, r"empty\.jsonl.*no (problems|rows)", {"--data": empty})
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+def spoil(kind, path):
+    """A copy of a good model folder with one thing wrong."""
+    if kind == "missing":
+        return
+    if kind == "empty":
+        path.mkdir()
+        return
+    model = tiny_model("qwen2", tied=False)
+    model.save_pretrained(path)
+    if kind != "without tokenizer":
+        tiny_tokenizer().save_pretrained(path)
+    if kind == "pickled weights":
+        (path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), path / "pytorch_model.bin")
+    if kind == "half the weights":
+        data = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(data[:len(data) // 2])
+    if kind == "a weight missing":
+        from safetensors.torch import load_file, save_file
+        weights = load_file(path / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+    for file in ("config.json", "tokenizer.json"):
+        if kind == file:
+            (path / file).write_text("{")
+    if kind == "another shape":
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+
+MODELS = ["missing", "empty", "without tokenizer", "pickled weights", "half the weights", "a weight missing",
+          "another shape", "config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", STAGES)
+def test_bad_models(desk, name, kind):
+    spoil(kind, desk.path / "model")
+    desk.fails(name, f"--model {desk.path / 'model'}", {"--model": desk.path / "model"})
+
+
+def test_pickled_weights_are_never_unpickled(desk):
+    path = desk.path / "model"
+    spoil("pickled weights", path)
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(desk.path / "sprung"), "w"))
+
+    torch.save(Trap(), path / "pytorch_model.bin")
+    desk.fails("rollout", "--model", {"--model": path})
+    assert not (desk.path / "sprung").exists()
+
+
+@pytest.fixture
+def without_template(desk):
+    path = desk.path / "plain"
+    tiny_model("qwen2").save_pretrained(path)
+    tiny_tokenizer(chat=False).save_pretrained(path)
+    return {"--model": path}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_chat_without_a_template(desk, name, without_template):
+    desk.fails(name, "--prompt-format chat: .* no chat template", without_template | {"--prompt-format": "chat"})
+    desk.data.write_bytes(row(problem=[{"role": "user", "content": "x"}]))
+    desk.fails(name, "chat messages needs a chat template", without_template)
+
+
+def test_sft_chat_without_a_template(desk, without_template):
+    desk.rows.write_text(json.dumps({"problem": "x", "response": "y"}) + "\n")
+    desk.fails("train_sft", "--prompt-format chat: .* no chat template", without_template | {"--prompt-format": "chat"})
+    desk.rows.write_text(json.dumps({"problem": [{"role": "user", "content": "x"}], "response": "y"}) + "\n")
+    desk.fails("train_sft", "chat messages needs a chat template", without_template)
+
+
+def test_a_role_that_the_template_refuses(desk):
+    path, tokenizer = desk.path / "strict", tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only roles user and assistant') }}"
+    tiny_model("qwen2").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    desk.fails("rollout", "refused by the tokenizer of --model .*only roles", {"--model": path})
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+SAMPLING = {"--temperature": ["-1", "nan"], "--top-p": ["0", "1.5", "nan"], "--top-k": ["-1"],
+            "--max-new-tokens": ["0", "-3"], "--batch-size": ["0"], "--limit": ["-1"]}
+REVISION = {"--rho": ["0", "1", "-0.1", "1.5", "nan"], "--revision-steps": ["-1"], "--gamma0": ["0", "1.5", "nan"],
+            "--continuations": ["0"], "--record-every": ["-1"], "--alpha-guide": ["nan"], "--beta-nll": ["inf"],
+            "--explore-weight": ["nan"], "--eps-stop": ["nan"]}
+TRAINING = {"--steps": ["0", "-1"], "--batch-size": ["0"], "--micro-batch-tokens": ["0"], "--lr": ["-1", "nan"],
+            "--grad-clip": ["0", "nan"], "--weight-decay": ["-1"], "--save-every": ["-1"]}
+GRPO = {"--group-size": ["1"], "--batch-prompts": ["0"], "--updates": ["0"], "--resample": ["-1"],
+        "--overlong-buffer": ["-1"], "--revise-batch-size": ["0"],
+        "--kl-coef": ["-1", "nan"], "--clip-low": ["-0.1"], "--clip-high": ["nan"]}
+RANGES = [(name, flag, value) for names, flags in [
+              (SAMPLERS, SAMPLING), (["revise", "train_grpo"], REVISION), (["train_sft", "train_grpo"], TRAINING),
+              (["train_grpo"], GRPO), (["rollout"], {"-n": ["0"]}), (["eval"], {"--k": ["0", "3"], "-n": ["0"]})]
+          for name in names for flag, values in flags.items() for value in values]
+
+
+@pytest.mark.parametrize("name,flag,value", RANGES)
+def test_flags_out_of_range(desk, name, flag, value):
+    # the word after the dashes, so that the message may call it by its long or its short name
+    desk.fails(name, rf"-{flag.lstrip('-')} \[?{re.escape(value)}", {flag: value})
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_devices_that_are_not_there(desk, name):
+    desk.fails(name, "--device abacus", {"--device": "abacus"})
+    desk.fails(name, "--device cuda:63", {"--device": "cuda:63"})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_verifiers_that_are_not_there(desk, name):
+    broken, number = desk.path / "broken.py", desk.path / "number.py"
+    broken.write_text("def verify(:\n")
+    number.write_text("verify = 3\nimport math\n")
+    for spec in ("nope.py:verify", f"{desk.path / 'v.py'}:nope", str(desk.path / "v.py"), f"{broken}:verify",
+                 f"{number}:verify", f"{desk.path}:verify"):
+        desk.fails(name, "--verifier", {"--verifier": spec})
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_flags_that_do_not_parse(desk, name):
+    for changes, message in [({"--bogus": 1}, "unrecognized arguments: --bogus"),
+                             ({"--seed": "x"}, "--seed: invalid int")]:
+        code, err = desk.run(name, changes)
+        assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+        assert not desk.out.exists()
+
+
+# --- output folders ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", STAGES)
+def test_out_is_a_file(desk, name):
+    desk.out.write_text("precious")
+    desk.fails(name, "--out")
+    assert desk.out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_other_settings_or_data_in_a_folder_in_use(desk, name):
+    assert desk.run(name, {})[0] == 0
+    desk.fails(name, "--seed 0, and this one asks for 5", {"--seed": 5})
+    if name == "revise":
+        desk.write_rollouts(answer="other")
+    else:
+        with (desk.rows if name == "train_sft" else desk.data).open("a") as f:
+            f.write("\n")
+    desk.fails(name, "data.digest")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_command_that_failed_can_be_corrected_in_the_same_folder(desk, name):
+    desk.fails(name, "--model", {"--model": desk.path / "typo", "--seed": 3})
+    assert desk.run(name, {})[0] == 0
+    assert json.loads((desk.out / "run.json").read_text())["settings"]["seed"] == 0
+
+
+# --- rollouts and training rows ---------------------------------------------------------------------------------------
+def test_rollouts_that_cannot_be_revised(desk):
+    desk.fails("revise", r"nope.*cannot be read", {"--rollouts": desk.path / "nope"})
+    desk.fails("revise", "--gold permuted needs", {"--gold": "permuted", "--limit": 1})
+    desk.fails("revise", "prefix has 8 tokens.*--max-new-tokens 8", {"--max-new-tokens": 8})
+    desk.write_rollouts(prompt_ids=[5] * 505)
+    desk.fails("revise", "prefix has 8 tokens.* context of --model, 512")
+    for ids in ([7, 160, 7], [7, -1, 7], "abc", [7, "x", 7], [7.0, 7, 7]):
+        desk.write_rollouts(response_ids=ids)
+        desk.fails("revise", "'response_ids' is not a list of token ids of --model")
+    file = desk.rollouts / "rollouts.jsonl"
+    file.write_text('{"id": "a"}\n')
+    desk.fails("revise", r"rollouts\.jsonl:1: no field 'sample'")
+    file.write_text("")
+    desk.fails("revise", r"rollouts\.jsonl: holds no rollouts")
+    file.unlink()
+    desk.fails("revise", r"rollouts\.jsonl: cannot be read")
+
+
+@pytest.mark.parametrize("record,message", [
+    ({"prompt_ids": [5], "response_ids": [6], "reward": 0}, r"rows\.jsonl: no rows to train on"),
+    ({"problem": "x", "response": "y", "reward": 0}, r"rows\.jsonl: no rows to train on"),
+    ({"prompt_ids": [5], "response_ids": [6] * 600}, r"rows\.jsonl: record 1: longer than the context of --model, 512"),
+    ({"problem": "x" * 600, "response": "y"}, r"rows\.jsonl: record 1: longer than the context"),
+    ({"prompt_ids": [5], "response_ids": []}, r"rows\.jsonl: record 1: 'response_ids'"),
+    ({"prompt_ids": [], "response_ids": [5]}, r"rows\.jsonl: record 1: 'prompt_ids'"),
+    ({"prompt_ids": [5], "response_ids": [160]}, r"rows\.jsonl: record 1: 'response_ids'"),
+    ({"prompt_ids": "abc", "response_ids": [5]}, r"rows\.jsonl: record 1: 'prompt_ids'"),
+    ({"prompt_ids": [5]}, r"rows\.jsonl: record 1: needs prompt_ids and response_ids, or problem and response"),
+    ({"problem": "x"}, r"rows\.jsonl: record 1: needs"),
+    ({"problem": "x", "response": None}, r"rows\.jsonl: record 1: needs"),
+    ({"problem": 5, "response": "y"}, r"rows\.jsonl: record 1: the problem is neither"),
+    ({"problem": [1], "response": "y"}, r"rows\.jsonl: record 1: the problem is neither"),
+    ({"problem": "x", "response": "a\ud800"}, r"rows\.jsonl: record 1: .*response"),
+], ids=lambda x: "" if isinstance(x, str) else json.dumps(x)[:40])
+def test_rows_that_cannot_be_trained_on(desk, record, message):
+    desk.rows.write_text(json.dumps(record) + "\n")
+    desk.fails("train_sft", message)
+
+
+def test_several_training_files_are_told_apart(desk):
+    bad = desk.path / "second.jsonl"
+    bad.write_text('{"prompt_ids": [5], "response_ids": [6]}\n{"prompt_ids": \n')
+    desk.fails("train_sft", r"second\.jsonl:2: not JSON", {"--data": [desk.rows, bad]})
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+def test_a_real_process_ends_in_one_line_and_exit_code_2(tmp_path, model_dir):
+    result = run("rollout.py", "--model", model_dir, "--data", tmp_path / "nope.jsonl", "--out", tmp_path / "o",
+                 check=False)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(r"rollout\.py: error: .*nope\.jsonl: cannot be read.*\n", result.stderr)
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_processes_both_stop(tmp_path, model_dir):
+    result = stage("rollout.py", "--model", model_dir, "--data", tmp_path / "nope.jsonl", "--out", tmp_path / "o",
+                   processes=2, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_an_interrupted_download_leaves_a_folder_that_is_refused(desk):
+    """A copied model folder without its weights, beside an output that is complete."""
+    assert desk.run("rollout", {})[0] == 0
+    path = desk.path / "model"
+    spoil("pickled weights", path)
+    shutil.rmtree(desk.out)
+    (path / "pytorch_model.bin").unlink()
+    desk.fails("rollout", "--model", {"--model": path})
+
+
+# --- what every script promises ---------------------------------------------------------------------------------------
+def parser_of(name, monkeypatch):
+    """The parser that get_args builds."""
+    found = []
+
+    def parse(self, *_):
+        found.append(self)
+        raise SystemExit
+
+    with monkeypatch.context() as m:
+        m.setattr(argparse.ArgumentParser, "parse_args", parse)
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).get_args([])
+    return found[0]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_help_of_every_flag_names_its_source(name, monkeypatch):
+    actions = [a for a in parser_of(name, monkeypatch)._actions if a.dest != "help"]
+    assert len(actions) > 10
+    for action in actions:
+        source = r"\[(ours|Tables? \d.*|Secs?\. \d.*|Eqs?\. .*|Fig\. \d|Alg\. 1.*)\] \S"
+        assert re.match(source, action.help or ""), action.option_strings
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_works(name, capsys):
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(name).get_args(["--help"])
+    assert e.value.code == 0
+    assert importlib.import_module(name).__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+def test_importing_the_stages_has_no_effect(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--bogus']\n"
+            f"import common, {', '.join(STAGES)}\nimport os, torch\n"
+            "assert not torch.distributed.is_initialized()\nassert os.listdir() == []\n")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
+                            env={"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "RANK": "0",
+                                 "PYTHONDONTWRITEBYTECODE": "1"}, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["common", "verifier", *STAGES])
+def test_no_source_runs_text_or_unpickles(name):
+    source = (ROOT / f"{name}.py").read_text()
+    for pattern in (r"(?<![.\w])(eval|exec|compile)\(", r"\bimport pickle|pickle\.", r"trust_remote_code=True",
+                    r"torch\.load\(", r"weights_only=False", r"shell=True", r"os\.system"):
+        assert not re.search(pattern, source), pattern
+
+
+def documented_commands():
+    """(where, command) of every stage command in docstrings, README code blocks and recipes."""
+    found = []
+    for name in STAGES:
+        doc = importlib.import_module(name).__doc__
+        found += [(f"{name}.py", re.split(r" {3,}", line.strip())[0])  # a remark may stand at the right
+                  for line in doc.splitlines() if re.match(r"\s+(python|torchrun) ", line)]
+    readme = ROOT / "README.md"
+    for block in re.findall(r"^```\w*\n(.*?)^```", readme.read_text() if readme.exists() else "",
+                            re.DOTALL | re.MULTILINE):
+        found += [("README.md", line) for line in block.replace("\\\n", " ").splitlines()]
+    for recipe in sorted((ROOT / "recipes").glob("*.sh")):
+        variables = {}
+        for line in recipe.read_text().replace("\\\n", " ").splitlines():
+            if assignment := re.fullmatch(r"(\w+)=(.*)", line):
+                value = re.sub(r"\$\{\w+:-(.*)\}", r"\1", assignment[2].strip('"'))
+                value = re.sub(r"\$\{\w+:\?.*\}", "data.jsonl", value)
+                variables[assignment[1]] = re.sub(r"\$(\w+)", lambda m: variables[m[1]], value)  # noqa: B023
+            elif not line.startswith("#"):
+                line = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]), line)  # noqa: B023
+                found.append((recipe.name, line))
+    stages = "|".join(STAGES)
+    return [(where, line) for where, line in found if re.search(rf"(python|torchrun) (.* )?({stages})\.py ", line)]
+
+
+COMMANDS = documented_commands()
+
+
+def test_documented_commands_are_found():
+    assert {where for where, _ in COMMANDS} >= {f"{name}.py" for name in STAGES}
+    assert all(sum(where == f"{name}.py" and launcher in line for where, line in COMMANDS) for name in STAGES
+               for launcher in ("python", "torchrun"))
+
+
+@pytest.mark.parametrize("where,line", COMMANDS, ids=[f"{where}-{i}" for i, (where, _) in enumerate(COMMANDS)])
+def test_documented_commands_parse(where, line):
+    words = shlex.split(re.split(r" [|>&]", line, maxsplit=1)[0], comments=True)
+    while "=" in words[0]:  # variables before the command
+        words.pop(0)
+    words = [w for w in words if w != "$"]  # a prompt sign
+    if words[0] == "torchrun":  # which reads the flags of the script as well, and may mistake one for its own
+        launched = torchrun_args(words[1:])
+        script, argv = launched.training_script, launched.training_script_args
+    else:
+        script, argv = words[1], words[2:]
+    if argv[:1] == ["show"]:  # revise.py show is show.py
+        script, argv = "show.py", argv[1:]
+    assert (ROOT / script).exists()
+    importlib.import_module(script.removesuffix(".py")).get_args(argv)

@@ -1,0 +1,59 @@
+"""show.py: what it says about a prefix is what the prefix is; hostile model output stays text."""
+import argparse
+
+import pytest
+import torch
+from conftest import TOKENS, tiny_model, tiny_tokenizer
+
+import common
+import revise
+import show
+
+
+def record(**changes):
+    g = torch.Generator().manual_seed(0)
+    ids = lambda: torch.randint(2, TOKENS, (6,), generator=g).tolist()
+    r = ids()
+    return {"id": "p", "sample": 0, "answer": "5", "recovered": True, "kept": 0.5, "prefix_ids": r, "projected_ids": ids(),
+            "atoms": [ids(), r[:3] + ids()[3:], ids()], "gammas": [0.1, 0.2, 0.3], "gaps": [3.0, 2.0, 1.0],
+            "losses": [[-1.0, 2.0, 3.0]] * 4, "continuations": [{"reward": 1, "response": "\\boxed{5}"}]} | changes
+
+
+def test_eq7_weights_and_distances_are_those_of_the_rebuilt_prefix():
+    W, r = tiny_model("qwen2").get_input_embeddings().weight.detach(), record()
+    rows = show.explain(r, tiny_tokenizer(), W)
+    E = revise.soft_prefix(W, r["prefix_ids"], r["atoms"], r["gammas"])
+    left = 0.9 * 0.8 * 0.7  # weight that stays on the original token
+    for j, row in enumerate(rows):
+        assert sum(w for _, w in row["toward"]) == pytest.approx(1 - left)
+        start = W[r["prefix_ids"][j]]
+        assert row["moved"] == pytest.approx(float((E[j] - start).norm() / start.norm()), rel=1e-5)
+        assert row["changed"] == (r["prefix_ids"][j] != r["projected_ids"][j])
+    assert [w for w in dict(rows[0]["toward"]).values()] == sorted(dict(rows[0]["toward"]).values(), reverse=True)
+
+
+def test_a_step_that_was_not_taken_has_no_gamma():
+    assert [s[1] for s in show.steps_of(record())] == [0.1, 0.2, 0.3, None]
+
+
+def test_hostile_text_is_escaped():
+    hostile = "<script>alert(1)</script>\x1b[2J\x00"
+    r = record(answer=hostile, continuations=[{"reward": 0, "response": hostile}])
+    rows = show.explain(r, tiny_tokenizer(), tiny_model("qwen2").get_input_embeddings().weight.detach())
+    page, text = show.as_html(r, rows), show.as_text(r, rows)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "\x1b" not in page + text and "\x00" not in page + text
+
+
+def test_show_reads_the_model_from_run_json(tmp_path, model_dir, capsys):
+    (tmp_path / "revised.jsonl").write_text(common.to_line(record()) + common.to_line(record(sample=1, recovered=False)))
+    with pytest.raises(common.UserError, match="--model"):
+        show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "p"]))
+    args = argparse.Namespace(model=str(model_dir), out=str(tmp_path))
+    common.start_run(tmp_path, args)
+    show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "p"]))
+    assert "rollout 1" in capsys.readouterr().out
+    show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "p", "--sample", "0", "--html", str(tmp_path / "p.html")]))
+    assert "rollout 0" in (tmp_path / "p.html").read_text()
+    with pytest.raises(common.UserError, match="--id q"):
+        show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "q"]))

@@ -1,0 +1,399 @@
+"""revise.py as a script, its controls, and every problem format through rollout.py and eval.py."""
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TOKENS, read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+
+import common
+import eval as evaluation
+import revise
+import rollout
+
+M = 2  # continuations: few, so that some failed rollouts are tried in vain
+# A quarter of the last characters pass: some prompts are zero-hit, some continuations are right, whatever the prefix
+QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
+
+
+def save(model, path):
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+class World:
+    """Rollouts of one model, and revise.py on them."""
+
+    def __init__(self, path, model_dir):
+        self.path, self.model_dir = path, model_dir
+        self.verifier = write_verifier(path / "v.py", QUARTER)
+        stage("rollout.py", "--model", model_dir, "--data", write_problems(path / "d.jsonl", 12), "-n", 4,
+              "--out", path / "rollouts", "--max-new-tokens", 14, "--device", "cpu", "--verifier", self.verifier)
+        self.rows = read(path / "rollouts" / "rollouts.jsonl")
+        hit = {r["id"] for r in self.rows if r["reward"]}
+        self.failed = [r for r in self.rows if r["id"] not in hit]
+
+    def revise(self, out, *flags, **how):
+        return stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--out", out,
+                     "--device", "cpu", "--verifier", self.verifier, "--batch-size", 2, "--max-new-tokens", 14,
+                     "--continuations", M, *flags, **how)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, model_dir):
+    return World(tmp_path_factory.mktemp("world"), model_dir)
+
+
+@pytest.fixture(scope="module")
+def default(world):
+    """The plain method: output folder, revised.jsonl, recovered.jsonl."""
+    out = world.path / "default"
+    world.revise(out)
+    return out, read(out / "revised.jsonl"), read(out / "recovered.jsonl")
+
+
+def literal_verify(text):
+    return ord(text[-1]) % 4 == 1 if text else False
+
+
+# --- what the records say ---------------------------------------------------------------------------------------------
+def test_sec35_recovered_trajectories_verify_when_decoded_again(world, default):
+    _, records, recovered = default
+    tokenizer = tiny_tokenizer()
+    assert len(recovered) == sum(c["reward"] for r in records for c in r["continuations"]) > 0
+    of = {(r["id"], r["sample"]): r for r in world.failed}
+    for t in recovered:
+        failed = of[t["id"], t["sample"]]
+        text = tokenizer.decode(t["response_ids"], skip_special_tokens=True)
+        assert text == t["response"] and literal_verify(text) and t["reward"] == 1
+        assert max(t["response_ids"]) < TOKENS and len(t["response_ids"]) <= 14
+        assert t["prefix_len"] == math.floor(0.8 * len(failed["response_ids"]))
+        assert t["prompt_ids"] == failed["prompt_ids"] and t["answer"] == failed["answer"]
+        assert (t["response_ids"][-1] == 1) == (t["finish"] == "eos")
+
+
+def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(world, default):
+    model = tiny_model("qwen2")
+    W = model.get_input_embeddings().weight.detach()
+    of = {(r["id"], r["sample"]): r for r in world.failed}
+    for record in default[1]:
+        ids = of[record["id"], record["sample"]]["response_ids"]
+        n = math.floor(0.8 * len(ids))
+        assert record["prefix_len"] == n and record["prefix_ids"] == ids[:n]
+        assert len(record["losses"]) == len(record["gaps"]) == len(record["gammas"]) == len(record["atoms"]) == 10
+        assert record["gammas"] == [0.1 * 2 / (i + 1) for i in range(1, 11)] and min(record["gaps"]) >= 0
+        E = revise.soft_prefix(W, record["prefix_ids"], record["atoms"], record["gammas"])
+        assert record["projected_ids"] == [int((W[:TOKENS] @ e).argmax()) for e in E]  # Eq. (8), brute force
+        assert record["kept"] == sum(map(int.__eq__, record["prefix_ids"], record["projected_ids"])) / n
+        keys = [rollout.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
+        x = torch.cat([W[record["prompt_ids"]], E])
+        samples = rollout.sample(model, [x], [keys], [14 - n], eos=[1], vocab=TOKENS)[0]
+        assert [s.ids for s in samples] == [c["ids"] for c in record["continuations"]]
+        assert record["recovered"] == any(c["reward"] for c in record["continuations"])
+        # Sec. 3.5: a trajectory counts when the continuation is right after the soft prefix and after its projection
+        tokenizer = tiny_tokenizer()
+        for c in record["continuations"]:
+            soft, hard = (literal_verify(tokenizer.decode(p + c["ids"], skip_special_tokens=True))
+                          for p in (record["prefix_ids"], record["projected_ids"]))
+            assert (c["soft_reward"], c["reward"]) == (int(soft), int(soft and hard))
+
+
+def test_sec35_a_trajectory_counts_only_if_it_is_right_after_its_projection_too(tmp_path, world):
+    """Here the whole text decides, so that changed prefix tokens can make a right continuation wrong."""
+    whole = write_verifier(tmp_path / "v.py", "def verify(response, gold):\n    return sum(map(ord, response)) % 2 == 0\n")
+    world.revise(tmp_path / "o", "--verifier", whole, "--gamma0", 0.5, "--continuations", 8, "--attempts", 1)
+    found = [c for r in read(tmp_path / "o" / "revised.jsonl") for c in r["continuations"]]
+    assert all(c["reward"] == int(c["soft_reward"] and sum(map(ord, c["response"])) % 2 == 0) for c in found)
+    assert {(c["soft_reward"], c["reward"]) for c in found} == {(0, 0), (1, 0), (1, 1)}
+    assert len(read(tmp_path / "o" / "recovered.jsonl")) == sum(c["reward"] for c in found)
+
+
+def test_failed_rollouts_of_a_prompt_are_tried_in_turn_until_one_is_recovered(world, default):
+    tried = {}
+    for r in default[1]:
+        tried.setdefault(r["id"], []).append(r)
+    order = {}
+    for r in world.failed:
+        order.setdefault(r["id"], []).append(r["sample"])
+    assert list(tried) == list(order)  # every zero-hit prompt, in the order of the data
+    for name, records in tried.items():
+        assert [r["sample"] for r in records] == order[name][:len(records)]
+        assert not any(r["recovered"] for r in records[:-1])
+        assert records[-1]["recovered"] or len(records) == len(order[name])
+    assert max(map(len, tried.values())) > 1 and any(records[-1]["recovered"] for records in tried.values())
+    summary = json.loads((default[0] / "summary.json").read_text())
+    assert summary == {"zero_hit": len(order), "tried": len(default[1]), "skipped_too_short": 0,
+                       "recovered_prompts": len({r["id"] for r in default[1] if r["recovered"]}),
+                       "recovered_trajectories": len(default[2])}
+
+
+# --- the same files however it is run ---------------------------------------------------------------------------------
+def assert_close(a, b, path="", floats=("losses", "gaps")):
+    """Equal but for the last digits of the floats named."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            assert_close(a[k], b[k], f"{path}.{k}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_close(x, y, f"{path}[{i}]")
+    elif any(f".{f}[" in path for f in floats):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4), path
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, size):
+    world.revise(tmp_path / "o", "--batch-size", size)
+    assert_close(read(tmp_path / "o" / "revised.jsonl"), default[1])
+    assert (tmp_path / "o" / "recovered.jsonl").read_bytes() == (default[0] / "recovered.jsonl").read_bytes()
+
+
+def assert_same_folder(a, b):
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    for p in a.iterdir():
+        assert p.name == "run.json" or p.read_bytes() == (b / p.name).read_bytes(), p.name
+
+
+def test_two_processes_give_the_same_bytes(tmp_path, world, default):
+    world.revise(tmp_path / "o", processes=2)
+    assert_same_folder(default[0], tmp_path / "o")
+
+
+# moments at which files change (conftest.die_at): 1-2 run.json, then an append per batch, then three renames
+@pytest.mark.parametrize("kills", [(2,), (3,), (4, 3), (7,), (9,)], ids=str)
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path, world, default, kills):
+    for point in kills:
+        world.revise(tmp_path / "o", kill_at=point)
+    world.revise(tmp_path / "o")
+    assert_same_folder(default[0], tmp_path / "o")
+
+
+def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, default):
+    lines = (default[0] / "revised.jsonl").read_bytes().splitlines(keepends=True)
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "run.json").write_bytes((default[0] / "run.json").read_bytes())
+    (out / "revised.rank5.part").write_bytes(lines[-1] + lines[0][:50])
+    world.revise(out)
+    assert_same_folder(default[0], out)
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
+    world.revise(tmp_path / "o", "--from", "hard-prefix", "--attempts", 1)
+    model, records = tiny_model("qwen2"), read(tmp_path / "o" / "revised.jsonl")
+    for r in records:
+        assert r["atoms"] == r["losses"] == [] and r["projected_ids"] == r["prefix_ids"] and r["kept"] == 1
+        keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
+        context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
+        samples = rollout.sample(model, [context], [keys], [14 - r["prefix_len"]], eos=[1], vocab=TOKENS)[0]
+        assert [s.ids for s in samples] == [c["ids"] for c in r["continuations"]]
+
+
+def test_control_scratch_samples_anew_from_the_prompt(tmp_path, world):
+    world.revise(tmp_path / "o", "--from", "scratch", "--attempts", 1)
+    records = read(tmp_path / "o" / "revised.jsonl")
+    assert len(records) == len({r["id"] for r in world.failed})
+    first = {(r["id"], r["sample"]): r["response_ids"] for r in world.rows}
+    for r in records:
+        assert r["prefix_len"] == 0 and r["prefix_ids"] == r["projected_ids"] == r["atoms"] == []
+        assert all(c["ids"] != first[r["id"], r["sample"]] for c in r["continuations"])  # other random numbers
+
+
+def test_control_random_vertices_take_the_same_steps_in_other_directions(tmp_path, world, default):
+    world.revise(tmp_path / "o", "--vertices", "random", "--attempts", 1)
+    theirs = {(r["id"], r["sample"]): r for r in default[1]}
+    for r in read(tmp_path / "o" / "revised.jsonl"):
+        other = theirs[r["id"], r["sample"]]
+        assert r["gammas"] == other["gammas"] and r["losses"][0] == pytest.approx(other["losses"][0], rel=1e-4)
+        assert all(a != b for a, b in zip(r["atoms"], other["atoms"]))
+        assert len({tuple(a) for a in r["atoms"]}) == 10 and max(map(max, r["atoms"])) < TOKENS
+
+
+def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(tmp_path, world, default):
+    world.revise(tmp_path / "o", "--gold", "permuted", "--attempts", 1)
+    records, theirs = read(tmp_path / "o" / "revised.jsonl"), {(r["id"], r["sample"]): r for r in default[1]}
+    golds = {r["id"]: r["answer"] for r in world.rows}
+    for r in records:
+        other = theirs[r["id"], r["sample"]]
+        assert r["answer"] == golds[r["id"]] != r["guide_answer"] and r["guide_answer"] in golds.values()
+        explore, guide, nll = r["losses"][0]
+        assert [explore, nll] == pytest.approx([other["losses"][0][0], other["losses"][0][2]], rel=1e-4)
+        assert guide != pytest.approx(other["losses"][0][1], rel=1e-4)
+        assert all(c["guide_reward"] == literal_verify(c["response"]) for c in r["continuations"])
+
+
+def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
+    world.revise(tmp_path / "o", "--record-every", 2)
+    records = read(tmp_path / "o" / "revised.jsonl")
+    assert [{**r, "curve": r["curve"]["10"]} for r in records] == [{**r, "curve": r["curve"]["10"]} for r in default[1]]
+    for r in records:
+        assert list(r["curve"]) == ["0", "2", "4", "6", "8", "10"]
+        assert all(len(c["rewards"]) == len(c["lengths"]) == M for c in r["curve"].values())
+        assert r["curve"]["10"]["rewards"] == [c["soft_reward"] for c in r["continuations"]]
+
+
+def test_mean_reduction_weighs_the_terms_by_their_lengths(tmp_path, world, default):
+    world.revise(tmp_path / "o", "--reduction", "mean", "--attempts", 1)
+    theirs = {(r["id"], r["sample"]): r for r in default[1]}
+    records = read(tmp_path / "o" / "revised.jsonl")
+    for r in records:  # what is reported stays the sum
+        assert r["losses"][0] == pytest.approx(theirs[r["id"], r["sample"]]["losses"][0], rel=1e-4)
+    assert any(r["atoms"] != theirs[r["id"], r["sample"]]["atoms"] for r in records)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_eq8_other_projections_equal_brute_force(tmp_path, world, metric):
+    world.revise(tmp_path / "o", "--projection", metric, "--attempts", 1, "--gamma0", 0.5)
+    W = tiny_model("qwen2").get_input_embeddings().weight.detach()[:TOKENS]
+    records = read(tmp_path / "o" / "revised.jsonl")
+    for r in records:
+        E = revise.soft_prefix(W, r["prefix_ids"], r["atoms"], r["gammas"])
+        cosine = torch.nn.functional.cosine_similarity(E[:, None], W[None], dim=-1)
+        score = cosine if metric == "cosine" else -torch.cdist(E, W)
+        assert r["projected_ids"] == score.argmax(-1).tolist()
+    assert any(r["kept"] < 1 for r in records)
+
+
+def test_vertex_rows_text_leaves_out_special_tokens(tmp_path, world):
+    world.revise(tmp_path / "o", "--vertex-rows", "text", "--attempts", 1)
+    special = set(tiny_tokenizer().all_special_ids)
+    assert special == {0, 1}
+    for r in read(tmp_path / "o" / "revised.jsonl"):
+        assert not special & {v for atom in r["atoms"] for v in atom} and not special & set(r["projected_ids"])
+
+
+def test_prompts_without_a_failure_leave_empty_files(tmp_path, model_dir):
+    always = write_verifier(tmp_path / "v.py", "def verify(response, gold):\n    return True\n")
+    common_flags = ["--model", model_dir, "--device", "cpu", "--verifier", always, "--max-new-tokens", 4]
+    stage("rollout.py", *common_flags, "--data", write_problems(tmp_path / "d.jsonl"), "-n", 2, "--out", tmp_path / "r")
+    assert (tmp_path / "r" / "zero_hit.jsonl").read_text() == ""
+    result = stage("revise.py", *common_flags, "--rollouts", tmp_path / "r", "--out", tmp_path / "o")
+    assert "0 of 0 zero-hit prompts" in result.stdout
+    assert (tmp_path / "o" / "revised.jsonl").read_text() == (tmp_path / "o" / "recovered.jsonl").read_text() == ""
+
+
+def test_rollouts_of_one_token_are_skipped_and_counted(tmp_path, model_dir):
+    never = write_verifier(tmp_path / "v.py", "def verify(response, gold):\n    return False\n")
+    common_flags = ["--model", model_dir, "--device", "cpu", "--verifier", never]
+    stage("rollout.py", *common_flags, "--data", write_problems(tmp_path / "d.jsonl"), "-n", 2,
+          "--max-new-tokens", 1, "--out", tmp_path / "r")
+    result = stage("revise.py", *common_flags, "--rollouts", tmp_path / "r", "--out", tmp_path / "o")
+    assert "10 too short to cut" in result.stdout
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["skipped_too_short"] == 10
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    path = tmp_path_factory.mktemp("untied")
+    return World(path, save(tiny_model("qwen3", tied=False, seed=4), path / "model"))
+
+
+def test_an_untied_qwen3_goes_through_every_stage(tmp_path, untied):
+    """Vertices are rows of the input embedding, not of the head."""
+    untied.revise(tmp_path / "o")
+    W = tiny_model("qwen3", tied=False, seed=4).get_input_embeddings().weight.detach()[:TOKENS]
+    for r in read(tmp_path / "o" / "revised.jsonl"):
+        E = revise.soft_prefix(W, r["prefix_ids"], r["atoms"], r["gammas"])
+        assert r["projected_ids"] == (E @ W.T).argmax(-1).tolist()
+    recovered = tmp_path / "o" / "recovered.jsonl"
+    assert recovered.read_text()
+    stage("train_sft.py", "--model", untied.model_dir, "--data", recovered, "--steps", 2, "--batch-size", 4,
+          "--device", "cpu",
+          "--out", tmp_path / "sft")
+    stage("train_grpo.py", "--model", tmp_path / "sft" / "model", "--data",
+          untied.path / "rollouts" / "zero_hit.jsonl", "--steps", 1,
+          "--batch-prompts", 3, "--group-size", 4, "--max-new-tokens", 10, "--revise", "--device", "cpu", "--out",
+          tmp_path / "grpo",
+          "--verifier", untied.verifier)
+    result = stage("eval.py", "--model", untied.model_dir, tmp_path / "grpo" / "model",
+                   "--data", untied.path / "d.jsonl", "-n", 2, "--k", 1,
+                   "--max-new-tokens", 6, "--device", "cpu", "--verifier", untied.verifier, "--out", tmp_path / "eval")
+    assert "| grpo-model |" in result.stdout.replace("| model |", "| grpo-model |", 1)
+
+
+# --- problem formats --------------------------------------------------------------------------------------------------
+WRAPPER = ("Solve the following math problem step by step. The last line of your response should be of the form "
+           "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your "
+           "answer on its own line after \"Answer:\".")
+# Rows shaped like the published files, in our own words: name -> (rows, flags, golds as the verifier gets them)
+FORMATS = {
+    "math500": ([{"problem": "Write $(0,3)$ in polar form.", "solution": "Easy.", "subject": "Precalculus", "level": 2,
+                  "answer": r"\left( 3, \frac{\pi}{2} \right)", "unique_id": "test/a/1.json"},
+                 {"problem": "Name $x$ if $x=p-q$.\n[asy] draw((0,0)--(1,1)); [/asy]", "answer": "p - q",
+                  "unique_id": "test/a/2.json"}],
+                ["--id-key", "unique_id"], [r"\left( 3, \frac{\pi}{2} \right)", "p - q"]),
+    "aime24": ([{"ID": "2024-I-1", "Problem": "Find $n$.", "Solution": "It is 25.", "Answer": "025"},
+                {"ID": "2024-I-2", "Problem": "Find $m$.", "Solution": "", "Answer": 7}],
+               ["--id-key", "ID", "--problem-key", "Problem", "--answer-key", "Answer"], ["025", "7"]),
+    "aime25": ([{"question": "What is the angle?", "answer": r"336^\circ"},
+                {"question": "And the sum?", "answer": "070"}],
+               ["--problem-key", "question"], [r"336^\circ", "070"]),
+    "amc23": ([{"id": 0, "question": "How many miles?", "answer": 27.0, "url": "x"},
+               {"id": 1, "question": "And $x+y$?", "answer": 36.0}],
+              ["--problem-key", "question"], ["27.0", "36.0"]),
+    "minerva": ([{"question": "What is the power of the star in erg/s?", "answer": "4.5e33"},
+                 {"question": "Give the field.", "answer": r"\frac{2 \pi}{c} \sqrt{I}"}],
+                ["--problem-key", "question"], ["4.5e33", r"\frac{2 \pi}{c} \sqrt{I}"]),
+    "olympiadbench": ([{"id": 1606, "problem": "All pairs $(x,y)$?", "answer": "$(1,2),(2,1)$",
+                        "is_multiple_answer": True, "unit": None},
+                       {"id": 1610, "problem": "All $n$?", "answer": r"$\frac{1}{2 n+2}$,$-1$", "context": None}],
+                      [], ["$(1,2),(2,1)$", r"$\frac{1}{2 n+2}$,$-1$"]),
+    "dapo": ([{"prompt": WRAPPER.format("How many?\n\nCount twice."), "solution": "34", "data_source": "math_dapo",
+               "extra_info": {"index": "a-1"}, "reward_model": {"ground_truth": "34", "style": "rule"}},
+              {"prompt": [{"role": "user", "content": WRAPPER.format("Which one?")}], "solution": "-5",
+               "ability": "MATH"}],
+             ["--problem-key", "prompt", "--answer-key", "solution"], ["34", "-5"]),
+}
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory):
+    """A context that holds real problems, a token a character."""
+    model = tiny_model("qwen2")
+    model.config.max_position_embeddings = 8192
+    return save(model, tmp_path_factory.mktemp("long") / "model")
+
+
+def go_through(tmp_path, model, data, flags):
+    """rollout.py and eval.py on a file with the project's own verifier; the rollouts."""
+    shared = ["--data", str(data), "--max-new-tokens", "4", "--device", "cpu", *flags]
+    rollout.main(rollout.get_args(["--model", str(model), "-n", "2", "--out", str(tmp_path / "r"), *shared]))
+    result = evaluation.main(evaluation.get_args([
+        "--model", str(model), "-n", "2", "--k", "1", "2", "--out", str(tmp_path / "e"), *shared]))
+    rows = read(tmp_path / "r" / "rollouts.jsonl")
+    assert result[0]["problems"] * 2 == len(rows) and set(result[0]["pass"]) == {"1", "2"}
+    return rows
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_shaped_like_published_files_go_through_rollout_and_eval(tmp_path, long_model, name):
+    rows, flags, golds = FORMATS[name]
+    data = tmp_path / f"{name}.jsonl"
+    data.write_text("".join(map(common.to_line, rows)))
+    records = go_through(tmp_path, long_model, data, flags)
+    assert [r["answer"] for r in records] == [g for g in golds for _ in range(2)]
+    prompts = [tiny_tokenizer().decode(r["prompt_ids"]) for r in records]
+    assert all(p.endswith(f"\n{rollout.INSTRUCTION}[assistant]") and "Answer:" not in p for p in prompts)
+
+
+REAL = Path(os.environ.get("LATENTREVISE_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "minerva", "olympiadbench", "gsm8k",
+                                  "dapo14k"])
+def test_first_rows_of_real_files_go_through_rollout_and_eval(tmp_path, long_model, name):
+    if not (REAL / f"{name}.jsonl").exists():
+        pytest.skip(f"no {name}.jsonl in {REAL} (set LATENTREVISE_DATA)")
+    rows = common.read_jsonl(REAL / f"{name}.jsonl")[:2]
+    data = tmp_path / f"{name}.jsonl"
+    data.write_text("".join(map(common.to_line, rows)))
+    records = go_through(tmp_path, long_model, data, [])
+    assert [r["answer"] for r in records] == [r["answer"] for r in rows for _ in range(2)]
