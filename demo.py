@@ -25,8 +25,8 @@ from eval import table, wilson_interval
 ROOT = Path(__file__).parent
 
 # hard, test: problems; attempts: failed rollouts revised per prompt, for the training data; record: --record-every
-FULL = {"hard": 400, "test": 200, "attempts": 4, "steps": 60, "batch": 24, "record": 2}
-QUICK = {"hard": 96, "test": 48, "attempts": 2, "steps": 10, "batch": 8, "record": 5}
+FULL = {"hard": 400, "test": 200, "attempts": 4, "steps": 40, "batch": 16, "record": 2}
+QUICK = {"hard": 64, "test": 32, "attempts": 2, "steps": 8, "batch": 8, "record": 5}
 CONTINUATIONS = 8
 RESPONSE = "--max-new-tokens 160 --instruction ''"
 METHODS = {"LatentRevise": "", "fresh sampling": "--from scratch", "hard prefix": "--from hard-prefix",
@@ -71,11 +71,11 @@ def recovery_row(name: str, records: list[dict], problems: dict[str, str], score
     """One line of the recovery table, from the first failed rollout of every prompt."""
     continuations = [(r["id"], c) for r in records for c in r["continuations"]]
     hits = [(i, c) for i, c in continuations if c[score]]
-    sound = sum(toy.is_sound(problems[i], c["response"]) for i, c in hits)
+    sound = [i for i, c in hits if toy.is_sound(problems[i], c["response"])]
     length = sum(len(c["ids"]) for _, c in continuations) / len(continuations)
     reflects = sum(toy.has_reflection(c["response"]) for _, c in continuations)
-    return (f"| {name} | {share(len({i for i, _ in hits}), len(records))} | {length:.1f} | "
-            f"{share(reflects, len(continuations))} | {share(sound, len(hits))} |")
+    return (f"| {name} | {share(len({i for i, _ in hits}), len(records))} | {share(len(set(sound)), len(records))} | "
+            f"{length:.1f} | {share(reflects, len(continuations))} | {share(len(sound), len(hits)) if hits else '-'} |")
 
 
 def first_attempts(records: list[dict]) -> list[dict]:
@@ -178,21 +178,23 @@ def main(args: argparse.Namespace) -> None:
             f"--steps {size['steps']} --lr {args.lr} --micro-batch-tokens 8192")
     sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --micro-batch-tokens 8192"
     fresh = CONTINUATIONS * size["attempts"]  # rejection sampling gets as many samples as the revision had continuations
-    run(out, f"rollout.py {model} --data {zero} -n {fresh} --seed 1 {RESPONSE} --batch-size 512 --out {out}/rft-samples",
-        processes=2)
+    samples = out / "rft-samples" / "rollouts.jsonl"
+    if not args.quick:
+        run(out, f"rollout.py {model} --data {zero} -n {fresh} --seed 1 {RESPONSE} --batch-size 512 --out {out}/rft-samples",
+            processes=2)
     method = f"--revise {template} --revise-batch-size 32"
     arms = {
-        "RFT": f"{sft} --data {out}/rft-samples/rollouts.jsonl",
+        "RFT": f"{sft} --data {samples}",
         "GRPO N=8": grpo, "GRPO N=16": f"{grpo} --group-size 16", "DAPO": f"{grpo} --algo dapo",
         "SFT+LatentRevise": f"{sft} --data {folders['LatentRevise']}/recovered.jsonl",
         "GRPO+LatentRevise": f"{grpo} {method}"}
     if args.quick:
         arms = {name: arms[name] for name in ("GRPO N=8", "SFT+LatentRevise", "GRPO+LatentRevise")}
     names = {name: name.lower().replace(" ", "-").replace("=", "").replace("+", "-") for name in arms}
-    if not any(r["reward"] for r in common.read_jsonl(out / "rft-samples" / "rollouts.jsonl")):
-        arms.pop("RFT", None)  # fresh sampling found nothing: there is no RFT model, and the table says so
+    if "RFT" in arms and not any(r["reward"] for r in common.read_jsonl(samples)):
+        del arms["RFT"]  # fresh sampling found nothing: there is no RFT model, and the table says so
     if not common.read_jsonl(folders["LatentRevise"] / "recovered.jsonl"):
-        arms.pop("SFT+LatentRevise", None)
+        del arms["SFT+LatentRevise"]
     train = {name: f"{command} --out {out}/{names[name]}" for name, command in arms.items()}
     seconds = run(out, *train.values())
 
@@ -229,11 +231,11 @@ def main(args: argparse.Namespace) -> None:
 
 ## Recovery of zero-hit prompts
 
-One failed rollout per prompt, {CONTINUATIONS} continuations; shares with 95 % interval. Sound: of the right continuations, those whose
-last pass is a complete and arithmetically right chain to the answer.
+One failed rollout per prompt, {CONTINUATIONS} continuations; shares with 95 % interval. A right continuation is sound when its last pass
+is a complete and arithmetically right chain to the answer: the others jump to it.
 
-| | prompts recovered | continuation (tokens) | self-correction | sound |
-|---|---|---|---|---|
+| | prompts recovered | soundly | continuation (tokens) | self-correction | sound of the right |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 ## Training on the zero-hit prompts

@@ -27,6 +27,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import common
 from common import UserError
@@ -98,6 +99,41 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float
     return token[:, 0], (weights.gather(1, token) / total).log()[:, 0]
 
 
+class GrowingLayer(DynamicLayer):
+    """A layer of the KV cache with room to grow: appending a token writes that token. Transformers' own layer concatenates,
+    which copies the whole cache at every step and is most of the time of a small model."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffers: list[Tensor] = []  # keys and values, (B, heads, room, head_dim); self.keys and .values are views
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.buffers or end > self.buffers[0].shape[-2]:
+            B, heads, _, width = key_states.shape
+            buffers = [key_states.new_empty(B, heads, end + max(64, end // 4), width) for _ in range(2)]
+            if start:
+                buffers[0][:, :, :start], buffers[1][:, :, :start] = self.keys, self.values
+            self.buffers = buffers
+        self.buffers[0][:, :, start:end], self.buffers[1][:, :, start:end] = key_states, value_states
+        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # makes new keys and values, without room
+        self.buffers = []
+
+
+def new_cache(config) -> DynamicCache:
+    """An empty KV cache for a model: growing where attention is full, Transformers' own layers where it slides."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 @torch.no_grad()
 def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int], *, eos: list[int], vocab: int,
            temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[list[Sample]]:
@@ -118,7 +154,7 @@ def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int
         mask[i, width - len(p):] = 1
     # explicit positions: with left padding the model's own arange would be silently wrong
     out = model(inputs_embeds=x, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+                past_key_values=new_cache(model.config), use_cache=True, logits_to_keep=1)
 
     of_prompt = torch.tensor([i for i, k in enumerate(keys) for _ in k], device=device)  # (B,)
     cache = out.past_key_values
