@@ -12,7 +12,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import common
 import revise
@@ -20,15 +20,13 @@ import revise
 SHAPES = {"short": (150, 800, 200, 20), "long": (150, 3200, 800, 20)}  # tokens: q, r, c, template and gold together
 
 
-def small_qwen2(device: torch.device) -> Qwen2ForCausalLM:
+def small_qwen2(args: argparse.Namespace, device: torch.device):
     """Random weights in the proportions of Qwen2.5-1.5B: the head holds about 15 % of the multiplications."""
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=6144, hidden_size=256, intermediate_size=1472, num_hidden_layers=6, num_attention_heads=4,
                          num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Qwen2ForCausalLM(config).to(device)
-    model.set_attn_implementation("sdpa")
-    return model.to(dtype) if dtype != torch.float32 else model
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
 
 
 def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
@@ -101,8 +99,8 @@ def report(measure: str, ours: float, reference: float, unit: str, **facts) -> N
 
 
 def bench_revise(args: argparse.Namespace) -> None:
-    device = common.pick_device(args.device)
-    model = small_qwen2(device)
+    device = common.pick_device(args)
+    model = small_qwen2(args, device)
     W = model.get_input_embeddings().weight.detach()
     weights = (1.0, 1.0, 0.1)
     for name, (q, r, c, a) in SHAPES.items():
@@ -125,6 +123,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["revise"], help="[ours] what to measure")
     parser.add_argument("--device", default="auto", help="[ours] auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="[ours] as elsewhere")
     parser.add_argument("--runs", type=int, default=5, help="[ours] interleaved runs of each; the median is reported")
     return parser.parse_args(argv)
 

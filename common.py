@@ -4,6 +4,7 @@ Nothing here knows about the method. There are no base classes, registries, call
 calls these functions and stays a script that reads from top to bottom.
 """
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -97,7 +98,9 @@ def open_part(out: Path, name: str, keep) -> tuple[Path, dict]:
     part = out / f"{name}.rank{rank()}.part"
     if rank() == 0:
         for path in out.glob(f"{name}.rank*.part"):  # also those of ranks that this run does not have
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill in mid-write leaves a torn last line
+            with open(path, "rb+") as f:
+                whole = sum(len(line) for line in f if line.endswith(b"\n"))
+                f.truncate(whole)  # a kill in mid-write leaves a torn last line
     barrier()
     done = scan(sorted(out.glob(f"{name}.rank*.part")), keep)
     barrier()  # nobody appends before everybody has read
@@ -129,7 +132,33 @@ def remove_parts(out: Path, name: str) -> None:
 
 def file_digest(path: str | Path) -> str:
     """A short hash of a file's content, to notice that the data of a run changed. Raises UserError if unreadable."""
-    return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+    try:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def model_digest(folder: Path) -> str:
+    """The same for a model: the end of every safetensors file stands for the whole, which may be large."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        with open(path, "rb") as f:
+            f.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read())
+    return digest.hexdigest()[:16]
+
+
+def batches_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in batches of at most max_tokens when padded (a single one may be longer), longest first, so that little
+    of a batch is padding."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # the first of a batch is its longest, and so its padded length
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] = (), **facts) -> Path:
@@ -142,6 +171,8 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
     """
     out = Path(out)
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in free + ("out",)} | facts
+    if isinstance(getattr(args, "model", None), str) and Path(args.model).is_dir():
+        settings["model_digest"] = model_digest(Path(args.model))
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
     record = out / "run.json"
     if record.exists() and any(p.is_file() and not p.name.startswith("run.json") for p in out.rglob("*")):
@@ -190,16 +221,21 @@ def gather(value: object) -> list:
     return values
 
 
-def pick_device(name: str) -> torch.device:
-    """--device auto is this process's own GPU where there is one, else the CPU."""
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+def pick_device(args: argparse.Namespace) -> torch.device:
+    """--device auto is this process's own GPU where there is one, else the CPU. Settles --dtype auto, which results
+    depend on: call it before start_run. Raises UserError naming --device."""
+    name = args.device
+    if name == "cuda" or name == "auto" and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    name = "cpu" if name == "auto" else name
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if name.startswith("cuda") else "float32"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
         raise UserError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
     return device
 
@@ -226,20 +262,20 @@ def add_model_args(parser: argparse.ArgumentParser, several: bool = False) -> No
                         help="[ours] Hugging Face causal LM: a folder or a hub id")
     parser.add_argument("--device", default="auto", help="[ours] auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="[ours] auto: float32 on a CPU, bfloat16 on a GPU")
+                        help="[ours] of all computation; auto: float32 on a CPU, bfloat16 on a GPU")
 
 
 def load_model(args: argparse.Namespace, device: torch.device, train: bool = False):
     """The model, its tokenizer and a `vocab` size: ids at or beyond it have embedding rows but no token.
 
     safetensors only, no remote code; dtype is given at construction, since `.to(bfloat16)` would round RoPE's
-    frequencies. train=True keeps float32 master weights. Raises UserError naming --model.
+    frequencies. train=True gives float32 master weights, whatever --dtype. Raises UserError naming --model, also for an
+    architecture that does more than embed, run its blocks and multiply by a head (scaled embeddings, capped logits).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    dtype = {"auto": torch.float32 if device.type == "cpu" or train else torch.bfloat16,
-             "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    dtype = torch.float32 if train or args.dtype == "float32" else torch.bfloat16
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa",
@@ -253,7 +289,33 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
     ids = set(tokenizer.get_vocab().values())
     if ids <= set(tokenizer.all_special_ids):  # what transformers makes of a Qwen folder without tokenizer files
         raise UserError(f"--model {args.model}: has no tokenizer")
-    return model.to(device).eval(), tokenizer, min(max(ids) + 1, model.get_input_embeddings().num_embeddings)
+    model = model.to(device).eval()
+    with torch.no_grad():
+        some, embed = torch.arange(4, device=device)[None], model.get_input_embeddings()
+        logits = model.get_output_embeddings()(model.base_model(some, use_cache=False).last_hidden_state)
+        plain = torch.equal(embed(some), embed.weight[some]) and torch.allclose(model(some).logits, logits, rtol=1e-2, atol=1e-2)
+    if not plain:
+        raise UserError(f"--model {args.model}: {type(model).__name__} scales its embeddings or logits, which is not supported")
+    return model, tokenizer, min(max(ids) + 1, embed.num_embeddings)
+
+
+@contextlib.contextmanager
+def checkpointed(model, on: bool):
+    """With `on`, blocks are computed again in the backward instead of keeping their activations. Transformers does so in
+    training mode alone, so dropout is switched off by hand."""
+    before = model.training
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+    try:
+        yield
+    finally:
+        if on:
+            model.gradient_checkpointing_disable()
+            model.train(before)
 
 
 def eos_ids(model, tokenizer) -> list[int]:

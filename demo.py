@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent
 FULL = {"hard": 400, "test": 200, "attempts": 4, "steps": 40, "batch": 16, "record": 2}
 QUICK = {"hard": 64, "test": 32, "attempts": 2, "steps": 8, "batch": 8, "record": 5}
 CONTINUATIONS = 8
-RESPONSE = "--max-new-tokens 160 --instruction ''"
+LENGTH = "--max-new-tokens 160"
+PROBLEMS = f"{LENGTH} --instruction '' --batch-size 512"
 METHODS = {"LatentRevise": "", "fresh sampling": "--from scratch", "hard prefix": "--from hard-prefix",
            "random vertices": "--vertices random", "permuted gold": "--gold permuted"}
 
@@ -161,11 +162,11 @@ def main(args: argparse.Namespace) -> None:
 
     # === zero-hit prompts ===
     run(out, f"toy.py data --out {out}/data")
-    run(out, f"rollout.py {model} --data {out}/data/hard.jsonl --limit {size['hard']} -n 32 {RESPONSE} --batch-size 512 "
+    run(out, f"rollout.py {model} --data {out}/data/hard.jsonl --limit {size['hard']} -n 32 {PROBLEMS} "
              f"--out {out}/rollouts", processes=2)
 
     # === recovery: the method and its controls, same prompts, same number of continuations ===
-    revise = f"revise.py {model} --rollouts {out}/rollouts --continuations {CONTINUATIONS} {RESPONSE} --batch-size 32"
+    revise = f"revise.py {model} --rollouts {out}/rollouts --continuations {CONTINUATIONS} {LENGTH} --batch-tokens 4096"
     template = f"--template '{toy.TEMPLATE}'"
     folders = {name: out / "revise" / name.replace(" ", "-").lower() for name in METHODS}
     commands = {name: f"{revise} {template} {flags or '--record-every ' + str(size['record'])} "
@@ -174,15 +175,15 @@ def main(args: argparse.Namespace) -> None:
 
     # === training: the same zero-hit prompts for every arm ===
     zero = f"{out}/rollouts/zero_hit.jsonl"
-    grpo = (f"train_grpo.py {model} --data {zero} {RESPONSE} --batch-size 512 --batch-prompts {size['batch']} "
+    grpo = (f"train_grpo.py {model} --data {zero} {PROBLEMS} --batch-prompts {size['batch']} "
             f"--steps {size['steps']} --lr {args.lr} --micro-batch-tokens 8192")
     sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --micro-batch-tokens 8192"
     fresh = CONTINUATIONS * size["attempts"]  # rejection sampling gets as many samples as the revision had continuations
     samples = out / "rft-samples" / "rollouts.jsonl"
     if not args.quick:
-        run(out, f"rollout.py {model} --data {zero} -n {fresh} --seed 1 {RESPONSE} --batch-size 512 --out {out}/rft-samples",
+        run(out, f"rollout.py {model} --data {zero} -n {fresh} --seed 1 {PROBLEMS} --out {out}/rft-samples",
             processes=2)
-    method = f"--revise {template} --revise-batch-size 32"
+    method = f"--revise {template} --batch-tokens 4096"
     arms = {
         "RFT": f"{sft} --data {samples}",
         "GRPO N=8": grpo, "GRPO N=16": f"{grpo} --group-size 16", "DAPO": f"{grpo} --algo dapo",
@@ -200,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
 
     # === pass@k on held-out hard problems ===
     run(out, f"eval.py --model {args.model} {' '.join(f'{out}/{names[name]}/model' for name in train)} --data "
-             f"{out}/data/test_hard.jsonl --limit {size['test']} -n 32 --k 1 32 {RESPONSE} --batch-size 512 --out {out}/eval",
+             f"{out}/data/test_hard.jsonl --limit {size['test']} -n 32 --k 1 32 {PROBLEMS} --out {out}/eval",
         processes=2)
 
     # === report ===

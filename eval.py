@@ -64,9 +64,12 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 
 def table(results: list[dict], ks: list[int]) -> str:
-    """Markdown: a row per model, a column per problem set and k, percent with the 95 % interval."""
+    """Markdown: a row per model, a column per problem set and k, percent with the 95 % interval; the paper's average over
+    several sets."""
     sets = list(dict.fromkeys(r["data"] for r in results))
-    lines = ["| model | " + " | ".join(f"{d} @{k}" for d in sets for k in ks) + " |", "|---" * (1 + len(sets) * len(ks)) + "|"]
+    columns = sets + ["avg"] * (len(sets) > 1)
+    lines = ["| model | " + " | ".join(f"{d} @{k}" for d in columns for k in ks) + " |",
+             "|---" * (1 + len(columns) * len(ks)) + "|"]
     for model in dict.fromkeys(r["model"] for r in results):
         cells = []
         for d in sets:
@@ -74,6 +77,9 @@ def table(results: list[dict], ks: list[int]) -> str:
             for k in ks:
                 low, high = r["interval"][str(k)]
                 cells.append(f"{100 * r['pass'][str(k)]:.2f} [{100 * low:.1f}, {100 * high:.1f}]")
+        if len(sets) > 1:
+            mine = [r for r in results if r["model"] == model]
+            cells += [f"{100 * sum(r['pass'][str(k)] for r in mine) / len(mine):.2f}" for k in ks]  # denominator: problem sets
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -86,6 +92,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-n", "--n", type=int, default=32, help="[Table 1] samples per problem")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 32], help="[Table 1] pass@k for these k")
     rollout.add_sampling_args(parser, max_new_tokens=32000)
+    rollout.add_problem_args(parser)
     return parser.parse_args(argv)
 
 
@@ -97,7 +104,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     if not all(1 <= k <= args.n for k in args.k):
         raise UserError(f"--k {args.k}: each must be between 1 and -n {args.n}")
     sets = {name: rollout.read_problems(path, args) for name, path in zip(distinct_names(args.data), args.data)}
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     common.load_verifier(args.verifier)  # a wrong one is noticed before anything is written
     out = common.start_run(args.out, args, FREE)
     results, model = [], None

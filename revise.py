@@ -67,11 +67,14 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     query (B, heads, S, head_dim), key and value (B, kv_heads, S, head_dim), attention_mask (B, 1, A, S) bool, rows of
     the branch only: no S x S mask ever exists. Returns (B, S, heads, head_dim).
     """
-    T = query.shape[2] - attention_mask.shape[2]
-    gqa = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    trunk = F.scaled_dot_product_attention(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True, **gqa)
-    branch = F.scaled_dot_product_attention(query[:, :, T:], key, value, attn_mask=attention_mask, **gqa)
-    return torch.cat([trunk, branch], 2).transpose(1, 2), None
+    B, heads, S, width = query.shape
+    T, groups = S - attention_mask.shape[2], heads // key.shape[1]
+    trunk = F.scaled_dot_product_attention(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True, scale=scaling,
+                                           enable_gqa=groups > 1)
+    # The heads of a group become rows of one head: with a mask, enable_gqa would fall back to the slow kernel on a GPU
+    rows = query[:, :, T:].reshape(B, -1, groups * (S - T), width)
+    branch = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=scaling)
+    return torch.cat([trunk, branch.reshape(B, heads, S - T, -1)], 2).transpose(1, 2), None
 
 
 AttentionInterface.register("latentrevise_packed", packed_attention)
@@ -79,24 +82,17 @@ AttentionInterface.register("latentrevise_packed", packed_attention)
 
 @contextlib.contextmanager
 def frozen(model, checkpoint: bool = False):
-    """The model as Algorithm 1 wants it: no parameter gradients, no dropout, packed attention; all restored after.
-
-    checkpoint=True recomputes each block in the backward instead of keeping its activations. Transformers does so in
-    training mode alone, which is safe because the packed attention has no dropout.
-    """
+    """The model as Algorithm 1 wants it: no parameter gradients, no dropout, packed attention; all restored after."""
     training, attention = model.training, model.config._attn_implementation
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.train(checkpoint)
+    model.eval()
     model.set_attn_implementation("latentrevise_packed")
-    if checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     for p in trainable:
         p.requires_grad_(False)
     try:
-        yield
+        with common.checkpointed(model, checkpoint):
+            yield
     finally:
-        if checkpoint:
-            model.gradient_checkpointing_disable()
         for p in trainable:
             p.requires_grad_(True)
         model.set_attn_implementation(attention)
@@ -226,46 +222,51 @@ def adam_step(E: Tensor, g: Tensor, moments: tuple[Tensor, Tensor], step: int, l
     return E - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)  # denominators: bias corrections
 
 
-def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: Tensor,
-                    args: argparse.Namespace) -> list[list[Tensor]]:
-    """Algorithm 1 on a batch, the model frozen: every rollout's prefix before and after each step, (R, D) float32.
+def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: Tensor, args: argparse.Namespace,
+                    keep: set[int] = frozenset()) -> list[dict[int, Tensor]]:
+    """Algorithm 1 on a batch, the model frozen: every rollout's revised prefix, (R, D) float32, after the steps in `keep`
+    and after the last, {step: prefix}.
 
     Fills losses and gaps of every Failure, and atoms and gammas, which are all that `soft_prefix` needs to rebuild these
-    prefixes. A rollout whose L_guide is below --eps-stop leaves the batch before it is moved: its list is shorter.
+    prefixes. A rollout whose L_guide is below --eps-stop leaves the batch before it is moved, and stays as it is.
     """
     W = model.get_input_embeddings().weight.detach()
     weights = (args.explore_weight, args.alpha_guide, args.beta_nll)
-    trace = [[soft_prefix(W, f.r, [], [])] for f in batch]
-    moments = [(torch.zeros_like(t[0]), torch.zeros_like(t[0])) for t in trace] if args.optimizer == "adam" else None
+    soft = [soft_prefix(W, f.r, [], []) for f in batch]
+    moments = [(torch.zeros_like(E), torch.zeros_like(E)) for E in soft] if args.optimizer == "adam" else None
+    kept = [{0: E} if 0 in keep else {} for E in soft]
     active, packed = list(range(len(batch))), None
     with frozen(model, args.checkpoint_activations):
         for i in range(1, args.revision_steps + 1):  # Alg. 1, for i = 1..K
             if packed is None:
                 packed = pack([batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
-            losses, G = losses_and_gradient(model, packed, torch.cat([trace[b][-1] for b in active]))
+            losses, G = losses_and_gradient(model, packed, torch.cat([soft[b] for b in active]))
             gamma = args.gamma0 * 2 / (i + 1)  # Eq. (7); 2/(i+1) is the classical step of Frank-Wolfe
             vertices = oracle(G, W, allowed)
             sizes = [len(batch[b].r) for b in active]
             moving = []
             for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), vertices.split(sizes)):
-                f, E = batch[b], trace[b][-1]
+                f, E = batch[b], soft[b]
                 f.losses.append(loss)
                 if loss[1] < args.eps_stop:  # Alg. 1: stop if L_guide < eps, before the step
                     continue
                 moving.append(b)
                 f.gaps.append(float((g * (E - W[v].float())).sum()))  # <G, E - V*>; in the hull >= 0, 0 where stationary
                 if moments is not None:
-                    trace[b].append(adam_step(E, g, moments[b], i, args.adam_lr))
-                    continue
-                v = random_vertices(f, i, allowed, args.seed) if args.vertices == "random" else v
-                f.atoms.append(v)
-                f.gammas.append(gamma)
-                trace[b].append((1 - gamma) * E + gamma * W[v].float())  # Eq. (7)
+                    soft[b] = adam_step(E, g, moments[b], i, args.adam_lr)
+                else:
+                    v = random_vertices(f, i, allowed, args.seed) if args.vertices == "random" else v
+                    f.atoms.append(v)
+                    f.gammas.append(gamma)
+                    soft[b] = (1 - gamma) * E + gamma * W[v].float()  # Eq. (7)
+                if i in keep:
+                    kept[b][i] = soft[b]
             if moving != active:
                 active, packed = moving, None
             if not active:
                 break
-    return trace
+    # A rollout that stopped early is after every later step what it was when it stopped
+    return [k | {step: E for step in {*keep, args.revision_steps} - k.keys()} for k, E in zip(kept, soft)]
 
 
 # --- one batch of failed rollouts, from cut to verified trajectory ----------------------------------------------------
@@ -295,22 +296,20 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         template, gold = answer_ids(tokenizer, args.template, r.get("guide_answer", r["answer"]))
         n = 0 if args.start == "scratch" else cut(r["response_ids"], args.rho)
         batch.append(Failure(r["id"], r["sample"], r["prompt_ids"], r["response_ids"][:n], r["response_ids"][n:], gold))
-    if args.start == "soft":
-        trace = revise_prefixes(model, batch, template, allowed, args)
-    else:
-        trace = [[soft_prefix(W, f.r, [], [])] for f in batch]  # controls: the hard prefix, or none
-
     # Decode from the soft prefix; with --record-every also after fewer steps, for the curves of Fig. 3
-    steps = sorted({*range(0, args.revision_steps, args.record_every), args.revision_steps} if args.record_every
-                   else {args.revision_steps})
+    steps = {args.revision_steps, *(range(0, args.revision_steps, args.record_every) if args.record_every else ())}
+    if args.start == "soft":
+        prefixes = revise_prefixes(model, batch, template, allowed, args, steps)
+    else:
+        prefixes = [dict.fromkeys(steps, soft_prefix(W, f.r, [], [])) for f in batch]  # controls: hard prefix, or none
     results = [{} for _ in batch]
     eos = common.eos_ids(model, tokenizer)
     embed = model.get_input_embeddings()
-    for step in steps:
+    for step in sorted(steps):
         prompts, keys, limits = [], [], []
-        for f, E in zip(batch, trace):
+        for f, E in zip(batch, prefixes):
             q = embed(torch.tensor(f.q, device=W.device)).detach()
-            prompts.append(torch.cat([q, E[min(step, len(E) - 1)].to(q.dtype)]))
+            prompts.append(torch.cat([q, E[step].to(q.dtype)]))
             keys.append([rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)])
             context = getattr(model.config, "max_position_embeddings", None) or float("inf")
             limits.append(int(min(args.max_new_tokens - len(f.r), context - len(f.q) - len(f.r))))
@@ -320,9 +319,10 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
             result[step] = s
 
     records = []
-    for f, r, E, result in zip(batch, rollouts, trace, results):
+    for f, r, E, result in zip(batch, rollouts, prefixes, results):
         # Eq. (8); a prefix that did not move is its own tokens
-        projected = best_rows(E[-1], W, allowed, args.projection).tolist() if len(E) > 1 else f.r
+        projected = best_rows(E[args.revision_steps], W, allowed, args.projection).tolist() if f.gaps else f.r
+        ends = bool(set(projected) & set(eos))  # the policy would have stopped there: no trajectory of its own
         curve = {}
         for step, samples in result.items():
             soft_text = [tokenizer.decode(f.r + s.ids, skip_special_tokens=True) for s in samples]
@@ -332,7 +332,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         for s, soft_reward in zip(result[args.revision_steps], rewards):
             text = tokenizer.decode(projected + s.ids, skip_special_tokens=True)
             c = {"ids": s.ids, "finish": s.finish, "response": text, "soft_reward": soft_reward,
-                 "reward": int(bool(soft_reward and verify(text, r["answer"])))}  # Sec. 3.5, on the hard trajectory too
+                 "reward": int(bool(soft_reward and not ends and verify(text, r["answer"])))}  # Sec. 3.5, on the hard trajectory too
             if "guide_answer" in r:
                 c["guide_reward"] = int(bool(verify(text, r["guide_answer"])))
             continuations.append(c)
@@ -372,33 +372,48 @@ def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
     return {i: next(answers[j] for j in cycle[k + 1:] if answers[j] != answers[i]) for k, i in enumerate(order)}
 
 
-def read_failures(path: str, rho: float) -> tuple[dict[str, list[dict]], int]:
-    """The failed rollouts of every zero-hit prompt, {id: rollouts in sample order}, and how many were too short to cut."""
-    file = Path(path) / "rollouts.jsonl" if Path(path).is_dir() else Path(path)
-    rows = common.read_jsonl(file, ("id", "sample", "prompt_ids", "response_ids", "reward", "answer"))
-    if not rows:
+@dataclass
+class Entry:
+    """Where a failed rollout is in rollouts.jsonl: the file may be larger than memory."""
+    sample: int
+    offset: int
+    bytes: int
+    tokens: int  # of prompt and response
+    answer: str
+
+
+def read_failures(file: Path, rho: float) -> tuple[dict[str, list[Entry]], int]:
+    """The failed rollouts of every zero-hit prompt, {id: entries in sample order}, and how many were too short to cut."""
+    def keep(r: dict) -> tuple:
+        return r["reward"], cut(r["response_ids"], rho), len(r["prompt_ids"]) + len(r["response_ids"]), r["answer"]
+
+    found = common.scan([file], keep)
+    if not found:
         raise UserError(f"--rollouts {file}: holds no rollouts")
-    hit = {r["id"] for r in rows if r["reward"]}
-    failures, skipped = {}, 0
-    for r in sorted((r for r in rows if r["id"] not in hit), key=lambda r: r["sample"]):
-        if cut(r["response_ids"], rho) < 1:
-            skipped += 1
-        else:
-            failures.setdefault(r["id"], []).append(r)
-    order = dict.fromkeys(r["id"] for r in rows)
-    return {i: failures[i] for i in order if i in failures}, skipped
+    hit = {i for (i, _), (*_, kept) in found.items() if kept[0]}
+    failures, skipped = {i: [] for i, _ in found if i not in hit}, 0
+    for (i, sample), (_, offset, size, (_, prefix, tokens, answer)) in sorted(found.items(), key=lambda x: x[0][1]):
+        if i not in hit:
+            skipped += prefix < 1
+            failures[i] += [Entry(sample, offset, size, tokens, answer)] if prefix else []
+    return {i: entries for i, entries in failures.items() if entries}, skipped
 
 
-def check_room(failures: dict[str, list[dict]], model, vocab: int, args: argparse.Namespace) -> None:
-    """Raises UserError for rollouts of another tokenizer, or where no token is left for a continuation."""
+def read_rollout(file: Path, entry: Entry) -> dict:
+    with open(file, "rb") as f:
+        f.seek(entry.offset)
+        return json.loads(f.read(entry.bytes))
+
+
+def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
+    """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a continuation."""
     context = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    for r in (r for rows in failures.values() for r in rows):
-        where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
-        rollout.check_ids(r, vocab, where)
-        n = cut(r["response_ids"], args.rho)
-        if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
-            raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
-                            f"--max-new-tokens {args.max_new_tokens} and the context of --model, {context} tokens")
+    where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
+    rollout.check_ids(r, vocab, where)
+    n = cut(r["response_ids"], args.rho)
+    if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
+        raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
+                        f"--max-new-tokens {args.max_new_tokens} and the context of --model, {context} tokens")
 
 
 def add_revision_args(parser: argparse.ArgumentParser) -> None:
@@ -422,15 +437,15 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", default="frank-wolfe", choices=["frank-wolfe", "adam"],
                         help="[Table 3] adam is the unconstrained ablation; its prefixes are not stored")
     parser.add_argument("--adam-lr", type=float, default=1e-2, help="[ours] step size of --optimizer adam")
-    parser.add_argument("--checkpoint-activations", action="store_true",
-                        help="[ours] recompute activations in the backward: less memory for long rollouts, a third slower")
+    parser.add_argument("--batch-tokens", type=int, default=16384,
+                        help="[ours] padded tokens of the failed rollouts revised together: the memory flag of the revision")
     parser.add_argument("--record-every", type=int, default=0, help="[Fig. 3] also decode after every so many steps")
 
 
 def check_revision_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0, "gamma0": 0 < args.gamma0 <= 1,
-                       "continuations": args.continuations > 0, "record_every": args.record_every >= 0,
+                       "continuations": args.continuations > 0, "record_every": args.record_every >= 0, "batch_tokens": args.batch_tokens > 0,
                        **{k: abs(getattr(args, k)) < float("inf") for k in (
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:
@@ -442,47 +457,55 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_model_args(parser)
     parser.add_argument("--rollouts", required=True, help="[ours] output folder of rollout.py, or its rollouts.jsonl")
     parser.add_argument("--out", required=True, help="[ours] output folder")
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="[ours] recompute activations in the backward: less memory for long rollouts, a third slower")
     parser.add_argument("--attempts", type=int, default=0,
                         help="[ours] failed rollouts tried per prompt until one is recovered; 0 for all")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
                         help="[ours] control: steer toward another prompt's answer")
     add_revision_args(parser)
-    rollout.add_sampling_args(parser, batch_size=8, what="failed rollouts revised together")
+    rollout.add_sampling_args(parser)
     return parser.parse_args(argv)
+
+
+FREE = ("device", "batch_tokens", "checkpoint_activations")  # these do not change a result in float32
 
 
 def main(args: argparse.Namespace) -> None:
     rollout.check_sampling_args(args)
     check_revision_args(args)
-    failures, skipped = read_failures(args.rollouts, args.rho)
+    source = Path(args.rollouts) / "rollouts.jsonl" if Path(args.rollouts).is_dir() else Path(args.rollouts)
+    digest = common.file_digest(source)
+    failures, skipped = read_failures(source, args.rho)
     failures = {i: failures[i][:args.attempts or None] for i in list(failures)[:args.limit or None]}
-    source = Path(args.rollouts) / "rollouts.jsonl" if Path(args.rollouts).is_dir() else args.rollouts
-    out = common.start_run(args.out, args, rollout.FREE, data_digest=common.file_digest(source))
-    if args.gold == "permuted":
-        guide = permuted_answers({i: rows[0]["answer"] for i, rows in failures.items()}, args.seed)
-        failures = {i: [r | {"guide_answer": guide[i]} for r in rows] for i, rows in failures.items()}
+    device = common.pick_device(args)
+    out = common.start_run(args.out, args, FREE, data_digest=digest)
+    guide = permuted_answers({i: e[0].answer for i, e in failures.items()}, args.seed) if args.gold == "permuted" else {}
 
     # === revise: batches of prompts, each prompt's failed rollouts in turn until one is recovered ===
     final = out / "revised.jsonl"
     if not final.exists():
-        model, tokenizer, vocab = common.load_model(args, common.pick_device(args.device))
+        model, tokenizer, vocab = common.load_model(args, device)
         verify = common.load_verifier(args.verifier)
-        check_room(failures, model, vocab, args)
         part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
 
         def finished(i: str) -> bool:
-            tried = [done.get((i, r["sample"])) for r in failures[i]]
+            tried = [done.get((i, entry.sample)) for entry in failures[i]]
             return all(tried) or any(t and t[3] for t in tried)
 
         names = list(failures)
-        batches = [names[s:s + args.batch_size] for s in range(0, len(names), args.batch_size)]
+        longest = [max(entry.tokens for entry in failures[i]) for i in names]
+        batches = [[names[k] for k in batch] for batch in common.batches_by_length(longest, args.batch_tokens)]
         mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
+        for entry in (e for batch in mine for i in batch for e in failures[i]):  # before any work, not in the middle of it
+            check_rollout(read_rollout(source, entry), model, vocab, args)
         bar = tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt", disable=common.rank() > 0)
         found = seen = 0
         for batch in mine:
             records, unsolved = [], batch
             for attempt in range(max(len(failures[i]) for i in batch)):
-                rows = [failures[i][attempt] for i in unsolved if attempt < len(failures[i])]
+                rows = [read_rollout(source, failures[i][attempt]) for i in unsolved if attempt < len(failures[i])]
+                rows = [r | ({"guide_answer": guide[r["id"]]} if guide else {}) for r in rows]
                 records += revise_batch(model, tokenizer, vocab, rows, args, verify) if rows else []
                 solved = {r["id"] for r in records if r["recovered"]}
                 unsolved = [i for i in unsolved if i not in solved]

@@ -113,8 +113,8 @@ class GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if not self.buffers or end > self.buffers[0].shape[-2]:
-            B, heads, _, width = key_states.shape
-            buffers = [key_states.new_empty(B, heads, end + max(64, end // 4), width) for _ in range(2)]
+            room = end + max(64, end // 4)
+            buffers = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key_states, value_states)]
             if start:
                 buffers[0][:, :, :start], buffers[1][:, :, :start] = self.keys, self.values
             self.buffers = buffers
@@ -360,31 +360,34 @@ def summarise(problems: list[dict], n: int, found: dict) -> dict:
             "histogram": {h: hits.count(h) for h in range(n + 1) if h in hits}}
 
 
-def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 8192, batch_size: int = 64,
-                      what: str = "sequences decoded together") -> None:
-    """The flags of every stage that samples. eval.py has the paper's longer limit, revise.py another unit of batch."""
+def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 8192) -> None:
+    """Flags of every stage that samples; eval.py has the paper's longer limit."""
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens,
                         help="[Table 7] longest response, in tokens: 8,192 in training, 32,000 in evaluation")
     parser.add_argument("--temperature", type=float, default=1.0, help="[ours] the paper names none; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="[ours] 1 is off")
     parser.add_argument("--top-k", type=int, default=0, help="[ours] 0 is off")
     parser.add_argument("--seed", type=int, default=0, help="[ours] all random numbers are functions of it")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"[ours] {what}: the memory flag")
+    parser.add_argument("--verifier", default="verifier.py:verify", help="[ours] path.py:function(response, gold)")
+    parser.add_argument("--limit", type=int, default=0, help="[ours] only the first so many problems; 0 for all")
+
+
+def add_problem_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of every stage that reads problems and samples responses to them."""
+    parser.add_argument("--batch-size", type=int, default=64, help="[ours] sequences decoded together: the memory flag")
     parser.add_argument("--instruction", default=INSTRUCTION, help="[ours] follows every problem; '' for none")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
                         help="[ours] auto: the tokenizer's chat template where it has one")
-    parser.add_argument("--verifier", default="verifier.py:verify", help="[ours] path.py:function(response, gold)")
     parser.add_argument("--id-key", default="id", help="[ours] field of a problem's id (line number if it has none)")
     parser.add_argument("--problem-key", default="problem", help="[ours] field of the problem")
     parser.add_argument("--answer-key", default="answer", help="[ours] field of the gold answer")
-    parser.add_argument("--limit", type=int, default=0, help="[ours] only the first so many problems; 0 for all")
 
 
 def check_sampling_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1, "top_k": args.top_k >= 0,
-                       "max_new_tokens": args.max_new_tokens > 0, "batch_size": args.batch_size > 0,
-                       "limit": args.limit >= 0}.items():
+                       "max_new_tokens": args.max_new_tokens > 0, "limit": args.limit >= 0,
+                       **({"batch_size": args.batch_size > 0} if hasattr(args, "batch_size") else {})}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
 
@@ -396,6 +399,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="[ours] output folder")
     parser.add_argument("-n", "--n", type=int, default=32, help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
     add_sampling_args(parser)
+    add_problem_args(parser)
     return parser.parse_args(argv)
 
 
@@ -407,8 +411,9 @@ def main(args: argparse.Namespace) -> dict:
     if args.n < 1:
         raise UserError(f"--n {args.n} is out of range")
     problems = read_problems(args.data, args)
+    device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
-    model, tokenizer, vocab = common.load_model(args, common.pick_device(args.device))
+    model, tokenizer, vocab = common.load_model(args, device)
     found = run_rollouts(model, tokenizer, vocab, problems, args.n, out, args, "rollout")
     summary = summarise(problems, args.n, found)
     if common.rank() == 0:

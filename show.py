@@ -122,6 +122,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     records = [r for r in common.read_jsonl(args.file, ("id", "sample", "prefix_ids", "atoms", "continuations"))
                if r["id"] == args.id and args.sample in (None, r["sample"])]
+    if records and records[-1]["losses"] and not records[-1]["atoms"]:
+        raise UserError(f"{args.file}: the prefix of {args.id} moved without Frank-Wolfe and is not stored")
     if not records:
         raise UserError(f"{args.file}: no record with --id {args.id}" + (f" --sample {args.sample}" if args.sample is not None else ""))
     run = Path(args.file).parent / "run.json"

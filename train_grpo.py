@@ -89,8 +89,8 @@ def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, a
             failed[k] = long_enough[0]
     args = argparse.Namespace(**vars(args) | {"seed": rollout.row_key(*key)})  # new numbers each step
     groups, rescued, keys = list(groups), 0, list(failed)
-    for s in range(0, len(keys), args.revise_batch_size):
-        chunk = keys[s:s + args.revise_batch_size]
+    for batch in train_sft.micro_batches([failed[k] for k in keys], args.batch_tokens):
+        chunk = [keys[i] for i in batch]
         records = revise.revise_batch(model, tokenizer, vocab, [failed[k] for k in chunk], args, verify)
         for k, record in zip(chunk, records):
             for t in revise.trajectories(record)[:1]:
@@ -150,7 +150,7 @@ def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespa
     plan = train_sft.micro_batches(rows, args.micro_batch_tokens)
     device = model.device
     old, refs = {}, {}
-    with torch.no_grad(), train_sft.autocast(device):
+    with torch.no_grad(), train_sft.autocast(args, device):
         for k, indices in enumerate(plan):
             if args.updates > 1:  # with one update the old log-probabilities are the new ones, detached
                 old[k] = train_sft.response_logprobs(model, [rows[i] for i in indices])[0]
@@ -160,12 +160,13 @@ def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespa
         sums = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0)
         for k, indices in enumerate(plan):
             batch = [rows[i] for i in indices]
-            with train_sft.autocast(device):
-                logp, entropy, owner = train_sft.response_logprobs(model, batch)
-            advantage = torch.tensor([r["advantage"] for r in batch], device=device)[owner]
-            loss, kl, clipped = policy_loss(logp, old.get(k, logp.detach()), refs.get(k), advantage, args.clip_low,
-                                            args.clip_high, args.kl_coef)
-            (loss.sum() / tokens).backward()  # denominator: response tokens of the step, over all ranks
+            with common.checkpointed(model, args.checkpoint_activations):
+                with train_sft.autocast(args, device):
+                    logp, entropy, owner = train_sft.response_logprobs(model, batch)
+                advantage = torch.tensor([r["advantage"] for r in batch], device=device)[owner]
+                loss, kl, clipped = policy_loss(logp, old.get(k, logp.detach()), refs.get(k), advantage, args.clip_low,
+                                                args.clip_high, args.kl_coef)
+                (loss.sum() / tokens).backward()  # denominator: response tokens of the step, over all ranks
             for name, value in (("loss", loss), ("kl", kl), ("clipped", clipped), ("entropy", entropy)):
                 sums[name] += float(value.detach().sum())
         norm = train_sft.apply_gradients(model, optimizer, args.grad_clip)
@@ -191,29 +192,33 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revise", action="store_true", help="[Sec. 3.6] rescue zero-hit groups: the method")
     parser.add_argument("--inject", default="replace", choices=["replace", "append"],
                         help="[ours] the recovered trajectory replaces the rollout it came from, or joins the group")
-    parser.add_argument("--revise-batch-size", type=int, default=8, help="[ours] failed rollouts revised together")
     train_sft.add_training_args(parser)
     revise.add_revision_args(parser)
     rollout.add_sampling_args(parser)
+    rollout.add_problem_args(parser)
     args = parser.parse_args(argv)
     args.kl_coef = {"grpo": 0.001, "dapo": 0.0}[args.algo] if args.kl_coef is None else args.kl_coef
     args.clip_high = {"grpo": 0.2, "dapo": 0.28}[args.algo] if args.clip_high is None else args.clip_high
     return args
 
 
-FREE = (*train_sft.FREE, "batch_size", "revise_batch_size")
+FREE = (*train_sft.FREE, "batch_size", "batch_tokens")
 
 
 def main(args: argparse.Namespace) -> None:
     rollout.check_sampling_args(args)
     revise.check_revision_args(args)
     train_sft.check_training_args(args)
-    for flag, low in {"group_size": 2, "batch_prompts": 1, "updates": 1, "revise_batch_size": 1, "resample": 0,
+    for flag, low in {"group_size": 2, "batch_prompts": 1, "updates": 1, "resample": 0,
                       "overlong_buffer": 0, "kl_coef": 0, "clip_low": 0, "clip_high": 0}.items():
         if not getattr(args, flag) >= low:  # true of nan as well
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
+    for flag, plain in {"temperature": 1, "top_p": 1, "top_k": 0}.items():
+        if getattr(args, flag) != plain:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes {plain} alone, since the ratio is "
+                            "that of the plain policies")
     problems = rollout.read_problems(args.data, args)
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
     if train_sft.trained(out):
         print(f"{out / 'model'} is trained already")
@@ -222,6 +227,8 @@ def main(args: argparse.Namespace) -> None:
     model, tokenizer, vocab = common.load_model(args, device, train=True)
     rollout.add_prompts(problems, model, tokenizer, args)
     reference = common.load_model(args, device)[0] if args.kl_coef else None  # the initial model, also after a restart
+    # Sampling and revision in bfloat16 need a copy of the float32 master weights
+    actor = common.load_model(args, device)[0] if args.dtype == "bfloat16" else model
     optimizer = train_sft.make_optimizer(model, args)
     state = {"cursor": 0} | train_sft.load_checkpoint(out, model, optimizer)
 
@@ -229,8 +236,11 @@ def main(args: argparse.Namespace) -> None:
                total=args.steps, disable=common.rank() > 0)
     for step in bar:
         # === sample, verify, revise ===
-        with train_sft.autocast(device):
-            groups, state["cursor"], counts = collect(model, tokenizer, vocab, problems, step, state["cursor"], args, verify)
+        if actor is not model:
+            with torch.no_grad():
+                for ours, master in zip(actor.parameters(), model.parameters()):
+                    ours.copy_(master)
+        groups, state["cursor"], counts = collect(actor, tokenizer, vocab, problems, step, state["cursor"], args, verify)
 
         # === advantages ===
         rows = []

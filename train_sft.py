@@ -39,16 +39,8 @@ HEAD_ROWS = 1024  # rows whose logits exist at a time
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 def micro_batches(rows: list[dict], max_tokens: int) -> list[list[int]]:
-    """Indices of rows in micro-batches of at most max_tokens padded tokens (one row may be longer), sorted by length so
-    that little of it is padding."""
-    length = [len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows]
-    batches = []
-    for i in sorted(range(len(rows)), key=lambda i: -length[i]):
-        # rows come longest first: the first of a batch sets its padded length
-        if not batches or (len(batches[-1]) + 1) * length[batches[-1][0]] > max_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    """Indices of rows in micro-batches of at most max_tokens padded tokens (one row may be longer)."""
+    return common.batches_by_length([len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows], max_tokens)
 
 
 def head_logprobs(head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,13 +79,14 @@ def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS) -> tu
 
 
 # --- optimizer step --------------------------------------------------------------------------------------------------
-def autocast(device: torch.device):
-    """bfloat16 compute over float32 master weights on a GPU; plain float32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(args: argparse.Namespace, device: torch.device):
+    """--dtype bfloat16 computes in it over float32 master weights; float32 is plain float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def make_optimizer(model, args: argparse.Namespace) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                             fused=model.device.type == "cuda")
 
 
 def total(value: float) -> float:
@@ -161,7 +154,7 @@ def load_checkpoint(out: Path, model, optimizer) -> dict:
         saved = load_file(folders[-1] / "optimizer.safetensors")  # load_state_dict moves what belongs on the device
         full = optimizer.state_dict()
         full["state"] = {i: {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                         for i, (name, _) in enumerate(model.named_parameters())}
+                         for i, (name, _) in enumerate(model.named_parameters()) if f"{name}.step" in saved}
         optimizer.load_state_dict(full)
         state = json.loads((folders[-1] / "state.json").read_text())
     if common.rank() == 0:
@@ -237,6 +230,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grad-clip", type=float, default=1.0, help="[Table 7] largest gradient norm")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384,
                         help="[ours] padded tokens per forward and backward: the memory flag of the update")
+    parser.add_argument("--checkpoint-activations", action="store_true",
+                        help="[ours] recompute activations in every backward: less memory for long rows, a third slower")
     parser.add_argument("--save-every", type=int, default=50, help="[ours] steps between checkpoints; 0 for none")
 
 
@@ -263,12 +258,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = ("device", "micro_batch_tokens", "save_every")
+FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "save_every")
 
 
 def main(args: argparse.Namespace) -> None:
     check_training_args(args)
-    device = common.pick_device(args.device)
+    device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=[common.file_digest(p) for p in args.data])
     if trained(out):
         print(f"{out / 'model'} is trained already")
@@ -285,10 +280,11 @@ def main(args: argparse.Namespace) -> None:
         mine = batch[common.rank()::common.world_size()]
         loss_sum = 0.0
         for indices in micro_batches(mine, args.micro_batch_tokens):
-            with autocast(device):
-                logp, _, _ = response_logprobs(model, [mine[i] for i in indices])
-            loss = -logp.sum() / tokens  # denominator: response tokens of the whole optimizer step
-            loss.backward()
+            with common.checkpointed(model, args.checkpoint_activations):
+                with autocast(args, device):
+                    logp, _, _ = response_logprobs(model, [mine[i] for i in indices])
+                loss = -logp.sum() / tokens  # denominator: response tokens of the whole optimizer step
+                loss.backward()
             loss_sum += float(loss.detach())
         norm = apply_gradients(model, optimizer, args.grad_clip)
         loss_sum = total(loss_sum)

@@ -12,7 +12,7 @@ MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 RUN="torchrun --standalone --nproc-per-node $GPUS"
 
 $RUN rollout.py --model $MODEL --data $DATA -n 32 --batch-size 128 --out $OUT/rollouts
-$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --batch-size 8 --out $OUT/revised
+$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --out $OUT/revised
 $RUN train_sft.py --model $MODEL --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --out $OUT/grpo
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --group-size 16 --out $OUT/grpo16

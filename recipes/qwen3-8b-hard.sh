@@ -15,7 +15,7 @@ RUN="torchrun --standalone --nproc-per-node $GPUS"
 PROMPT="--prompt-format plain"
 
 $RUN rollout.py --model $MODEL --data $DATA -n 32 --batch-size 64 $PROMPT --out $OUT/rollouts
-$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --batch-size 4 $PROMPT --out $OUT/revised
+$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --out $OUT/revised
 $RUN train_sft.py --model $MODEL --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 64 $PROMPT --out $OUT/grpo
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 64 $PROMPT --revise --out $OUT/ours

@@ -38,7 +38,7 @@ class World:
 
     def revise(self, out, *flags, **how):
         return stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--out", out,
-                     "--device", "cpu", "--verifier", self.verifier, "--batch-size", 2, "--max-new-tokens", 14,
+                     "--device", "cpu", "--verifier", self.verifier, "--batch-tokens", 240, "--max-new-tokens", 14,
                      "--continuations", M, *flags, **how)
 
 
@@ -148,9 +148,9 @@ def assert_close(a, b, path="", floats=("losses", "gaps")):
         assert a == b, path
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, size):
-    world.revise(tmp_path / "o", "--batch-size", size)
+@pytest.mark.parametrize("tokens", [1, 480])
+def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens):
+    world.revise(tmp_path / "o", "--batch-tokens", tokens)
     assert_close(read(tmp_path / "o" / "revised.jsonl"), default[1])
     assert (tmp_path / "o" / "recovered.jsonl").read_bytes() == (default[0] / "recovered.jsonl").read_bytes()
 

@@ -453,7 +453,7 @@ def group(name, rewards, lengths=None):
 
 @pytest.mark.parametrize("inject", ["replace", "append"])
 def test_sec36_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_from(monkeypatch, inject):
-    args = grpo_args("--revise", "--inject", inject, "--revise-batch-size", "1", "--group-size", "4")
+    args = grpo_args("--revise", "--inject", inject, "--batch-tokens", "1", "--group-size", "4")
     groups = [group("hit", [0, 1, 0, 0]), group("saved", [0] * 4, [1, 10, 10, 10]), group("lost", [0] * 4),
               group("short", [0] * 4, [1] * 4)]
     before, asked = copy.deepcopy(groups), []
