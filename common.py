@@ -86,8 +86,11 @@ def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
             for number, line in enumerate(f, 1):
                 try:
                     record = json.loads(line)
-                    found[record["id"], record["sample"]] = (path, offset, len(line), keep(record))
-                except (ValueError, KeyError, TypeError) as e:
+                    key = record["id"], record["sample"]
+                    found[key] = (path, offset, len(line), keep(record))
+                except KeyError as e:
+                    raise UserError(f"{path}:{number}: no field {e}") from None
+                except (ValueError, TypeError) as e:
                     raise UserError(f"{path}:{number}: not a record of this stage ({e!r})") from None
                 offset += len(line)
     return found

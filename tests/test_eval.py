@@ -109,8 +109,12 @@ def test_results_equal_a_recount_from_the_saved_samples(finished):
     assert [(r["model"], r["data"]) for r in results] == [(m, d) for m in ("qwen2", "other") for d in ("one", "two")]
     lines = (out / "results.md").read_text().splitlines()
     assert result.stdout.splitlines()[-4:] == lines
-    assert lines[0] == "| model | one @1 | one @3 | two @1 | two @3 |"
+    assert lines[0] == "| model | one @1 | one @3 | two @1 | two @3 | avg @1 | avg @3 |"
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:]}
+    for model in ("qwen2", "other"):  # the paper's avg: the mean over the problem sets
+        of = [r for r in results if r["model"] == model]
+        for column, k in enumerate(("1", "3")):
+            assert float(cells[model][4 + column].strip(" |")) == pytest.approx(50 * sum(r["pass"][k] for r in of), abs=0.006)
     for r in results:
         rows = read(out / r["model"] / r["data"] / "rollouts.jsonl")
         assert len(rows) == 4 * r["problems"] == 4 * {"one": 5, "two": 3}[r["data"]]
