@@ -2,7 +2,8 @@
 
     python bench.py revise            one Frank-Wolfe step against Algorithm 1 written literally (CPU; --device cuda)
 
-Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`. Timings are
+Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`;
+`ratio_to_frozen` is the same for a reference whose parameters ask for no gradient. Timings are
 medians of interleaved runs. `revise_saved_bytes_*` is the most that autograd keeps alive at a time, parameters excluded.
 """
 import argparse
@@ -30,8 +31,8 @@ def small_qwen2(args: argparse.Namespace, device: torch.device):
 
 
 def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
-    """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss, then one
-    product with the whole vocabulary. Parameters ask for gradients, as they do in a model that nobody froze."""
+    """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss, backward(),
+    then one product with the whole vocabulary. Parameters that nobody froze get gradients too."""
     embed = model.get_input_embeddings()
     E = E.detach().requires_grad_()
 
@@ -47,8 +48,18 @@ def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor,
     x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype)])[None]
     logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
     nll = F.cross_entropy(logits[len(f.q) - 1:-1], torch.tensor(f.r, device=E.device), reduction="sum")
-    G, = torch.autograd.grad(weights[0] * explore + weights[1] * guide + weights[2] * nll, E)
-    return torch.stack([explore, guide, nll]).detach(), G, (G.float() @ W.float().T).argmin(-1)
+    (weights[0] * explore + weights[1] * guide + weights[2] * nll).backward()
+    model.zero_grad(set_to_none=True)
+    return torch.stack([explore, guide, nll]).detach(), E.grad, (E.grad.float() @ W.float().T).argmin(-1)
+
+
+def literal_frozen_step(model, *step) -> tuple:
+    """The literal step for a model that somebody froze: what packing alone is worth."""
+    model.requires_grad_(False)
+    try:
+        return literal_step(model, *step)
+    finally:
+        model.requires_grad_(True)
 
 
 def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
@@ -112,11 +123,12 @@ def bench_revise(args: argparse.Namespace) -> None:
         agreement = {"gradient_relative_error": float((G - G_literal).norm() / G_literal.norm()),
                      "vertices_equal": float((v == v_literal).float().mean()),
                      "losses_relative_error": float(((ours - theirs) / theirs).abs().max())}
-        runs = [(timed(packed_step, *step), timed(literal_step, *step)) for _ in range(args.runs)]
-        fast, slow = (statistics.median(x) for x in zip(*runs))
-        report(f"revise_step_{name}", fast, slow, "seconds", shape=[q, r, c, a], threads=torch.get_num_threads(), **agreement)
-        report(f"revise_saved_bytes_{name}", saved_bytes(model, packed_step, *step), saved_bytes(model, literal_step, *step),
-               "bytes", shape=[q, r, c, a])
+        runs = [[timed(s, *step) for s in (packed_step, literal_step, literal_frozen_step)] for _ in range(args.runs)]
+        fast, slow, frozen = (statistics.median(x) for x in zip(*runs))
+        report(f"revise_step_{name}", fast, slow, "seconds", shape=[q, r, c, a], threads=torch.get_num_threads(),
+               ratio_to_frozen=round(frozen / fast, 3), **agreement)
+        ours, theirs, frozen = (saved_bytes(model, s, *step) for s in (packed_step, literal_step, literal_frozen_step))
+        report(f"revise_saved_bytes_{name}", ours, theirs, "bytes", shape=[q, r, c, a], ratio_to_frozen=round(frozen / ours, 3))
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
