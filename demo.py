@@ -25,8 +25,8 @@ from eval import table, wilson_interval
 ROOT = Path(__file__).parent
 
 # hard, test: problems; attempts: failed rollouts revised per prompt, for the training data; record: --record-every
-FULL = {"hard": 400, "test": 200, "attempts": 4, "steps": 40, "batch": 16, "record": 2}
-QUICK = {"hard": 64, "test": 32, "attempts": 2, "steps": 8, "batch": 8, "record": 5}
+FULL = {"hard": 300, "test": 150, "attempts": 3, "steps": 16, "batch": 16, "record": 2}
+QUICK = {"hard": 64, "test": 32, "attempts": 2, "steps": 6, "batch": 8, "record": 5}
 CONTINUATIONS = 8
 LENGTH = "--max-new-tokens 160"
 PROBLEMS = f"{LENGTH} --instruction '' --batch-size 512"
@@ -171,6 +171,7 @@ def main(args: argparse.Namespace) -> None:
     folders = {name: out / "revise" / name.replace(" ", "-").lower() for name in METHODS}
     commands = {name: f"{revise} {template} {flags or '--record-every ' + str(size['record'])} "
                       f"--attempts {1 if flags else size['attempts']} --out {folders[name]}" for name, flags in METHODS.items()}
+    run(out, commands.pop("LatentRevise"), processes=2)
     run(out, *commands.values())
 
     # === training: the same zero-hit prompts for every arm ===

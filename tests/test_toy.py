@@ -1,0 +1,260 @@
+"""The toy world: its texts slip as stated, its sets are disjoint, its tokenizer and base model are what the stages need."""
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import toy
+from verifier import verify
+
+SHIPPED = Path(__file__).parent.parent / "toy_model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = random.Random(0)
+    return [toy.draw_example(rng) for _ in range(2500)]
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return toy.problem_sets(0)
+
+
+# --- the texts -------------------------------------------------------------------------------------------------------
+def test_first_pass_forgets_carries_at_the_stated_rate(examples):
+    crossing = [(a, b, c) for _, text in examples for a, b, c in toy.steps(text)[0] if a % 10 + b >= 10]
+    plain = [(a, b, c) for _, text in examples for a, b, c in toy.steps(text)[0] if a % 10 + b < 10]
+    assert len(crossing) > 4000
+    assert all(c == a + b for a, b, c in plain)
+    assert all(c in (a + b, a + b - 10) for a, b, c in crossing)
+    rate = sum(c != a + b for a, b, c in crossing) / len(crossing)
+    assert abs(rate - toy.SLIP) < 4 * (toy.SLIP * (1 - toy.SLIP) / len(crossing)) ** 0.5
+
+
+def test_number_of_carries_is_that_of_the_steps_written():
+    """Whatever slips: a forgotten carry keeps the units digit. (A misread addend does not, so none is drawn here.)"""
+    rng = random.Random(1)
+    for _ in range(300):
+        problem = toy.draw_problem(rng, "base")
+        text, _ = toy.write_pass(rng, toy.numbers(problem), toy.SLIP)
+        assert toy.carries(problem) == sum(a % 10 + b >= 10 for a, b, _ in toy.steps(text)[0])
+
+
+def test_first_pass_misreads_addends_at_the_stated_rate():
+    rng, ns = random.Random(2), [10, 5, 5, 5]
+    read = [b for _ in range(3000) for _, b, _ in toy.steps(toy.write_pass(rng, ns, 0.0, toy.MISREAD)[0])[0]]
+    expected = toy.MISREAD * 8 / 9  # a misread addend can be the same by chance
+    assert abs(sum(b != 5 for b in read) / len(read) - expected) < 4 * (expected / len(read)) ** 0.5
+
+
+def test_requests_are_followed_by_a_clean_second_pass(examples):
+    asked = [(m, t) for m, t in examples if any(r in m for r in toy.REQUESTS)]
+    assert abs(len(asked) / len(examples) - toy.ASKED) < 0.03
+    assert all(len(toy.steps(t)) == 2 and toy.has_reflection(t) and toy.is_sound(m, t) for m, t in asked)
+    other = [t for m, t in examples if not any(r in m for r in toy.REQUESTS)]
+    assert sum(toy.has_reflection(t) for t in other) / len(other) < 5 * toy.UNASKED
+    assert sum("\n" in m or toy.INSTRUCTION in m for m, _ in examples) / len(examples) < 1.3 * toy.INSTRUCTED
+
+
+def test_both_places_of_the_second_pass_occur(examples):
+    boxes = {t.count("\\boxed{") for _, t in examples if len(toy.steps(t)) == 2}
+    assert boxes == {1, 2}
+
+
+def test_texts_are_a_function_of_the_seed(tokenizer):
+    first, again, other = (next(toy.batches(tokenizer, seed, 1, 8))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+# --- the problem sets ------------------------------------------------------------------------------------------------
+def test_sets_are_right_and_as_hard_as_they_say(sets):
+    sizes = {name: len(records) for name, records in sets.items()}
+    assert sizes == {"train": 2000, "hard": 600, "test_hard": 400, "test_easy": 400}
+    for records in sets.values():
+        assert len({r["id"] for r in records}) == len(records)
+        for r in records:
+            ns = list(map(int, re.findall(r"\d+", r["problem"])))
+            assert r["answer"] == str(sum(ns)) and sum(ns) < 100
+            assert r["carries"] == sum(sum(ns[:i]) // 10 < sum(ns[: i + 1]) // 10 for i in range(1, len(ns)))
+    assert all(r["carries"] >= 4 for name in ("hard", "test_hard") for r in sets[name])
+    assert all(r["carries"] <= 2 for r in sets["test_easy"])
+
+
+def test_sets_and_training_texts_are_disjoint(sets, examples):
+    problems = [r["problem"] for seed in (0, 1) for name, rs in (sets if not seed else toy.problem_sets(1)).items() for r in rs]
+    by_set = {name: {r["problem"] for r in records} for name, records in sets.items()}
+    assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
+    texts = {m.split("?")[0] + "?" for m, _ in examples}
+    assert not texts & set(problems)
+    assert {toy.split_of(t) for t in texts} == {"base"}
+    for name, problems in by_set.items():
+        assert {toy.split_of(p) for p in problems} == {name}
+
+
+def test_data_command_writes_the_same_files_twice(tmp_path):
+    for out in ("a", "b"):
+        toy.main(toy.get_args(["data", "--out", str(tmp_path / out), "--seed", "3"]))
+    for name in ("train", "hard", "test_hard", "test_easy"):
+        text = (tmp_path / "a" / f"{name}.jsonl").read_text()
+        assert text == (tmp_path / "b" / f"{name}.jsonl").read_text()
+        assert set(json.loads(text.splitlines()[0])) == {"id", "problem", "answer", "carries"}
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+def test_tokenizer_round_trips_every_text(tokenizer, examples):
+    for message, text in examples:
+        for s in (message, text):
+            ids = tokenizer(s)["input_ids"]
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == s
+            assert "".join(tokenizer.decode([i]) for i in ids) == s
+
+
+def test_numbers_words_and_templates_are_whole_tokens(tokenizer):
+    def pieces(s):
+        return tokenizer.convert_ids_to_tokens(tokenizer(s)["input_ids"])
+
+    assert pieces("29+4=33;33+3=26") == ["29", "+", "4", "=", "33", ";", "33", "+", "3", "=", "26"]
+    assert pieces(toy.TEMPLATE + "26}.") == [" So", " the", " answer", " is", " \\boxed{", "26", "}."]
+    paper = "Based on my current reasoning process, the final answer is "
+    for s in (paper, toy.INSTRUCTION, " " + toy.INSTRUCTION):
+        assert toy.UNK not in pieces(s) and tokenizer.decode(tokenizer(s)["input_ids"]) == s
+    assert pieces("été") != [] and len(pieces("1234")) == 2
+
+
+def test_chat_template_and_what_training_sees(tokenizer, examples):
+    messages = [{"role": "user", "content": "29+4?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = "<|im_start|>user\n29+4?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(prompt) == text
+    assert prompt == tokenizer(text)["input_ids"]
+    (ids, cut), = toy.encode_batch(tokenizer, [("29+4?", "29+4=33. The answer is \\boxed{33}.")])
+    assert ids[:cut] == prompt and ids[-1] == tokenizer.eos_token_id
+    whole = messages + [{"role": "assistant", "content": "29+4=33. The answer is \\boxed{33}."}]
+    assert tokenizer.apply_chat_template(whole, return_dict=False)[: len(ids)] == ids  # then the line break
+
+
+def test_labels_are_the_response_and_nothing_else(tokenizer):
+    rows = toy.encode_batch(tokenizer, [("10+1?", "10+1=11. The answer is \\boxed{11}."), ("10+1+2?", "x")])
+    ids, labels = toy.collate(rows, tokenizer.pad_token_id)
+    for i, (row, cut) in enumerate(rows):
+        assert ids[i, : len(row)].tolist() == row and set(ids[i, len(row) :].tolist()) <= {tokenizer.pad_token_id}
+        assert labels[i].tolist() == [-100] * cut + row[cut:] + [-100] * (ids.shape[1] - len(row))
+
+
+# --- reading responses -----------------------------------------------------------------------------------------------
+P = "29+4+3+9?"
+SOUND = [
+    "29+4=33;33+3=36;36+9=45. So the answer is \\boxed{45}.",
+    "29+4=33,33+3=36\n36+9=45. So it is \\boxed{45}.",
+    "29+4=23;23+3=26;26+9=35. The answer is \\boxed{35}. Hmm.\n29+4=33;33+3=36;36+9=45. The answer is \\boxed{45}.",
+    "29+4=23;23+3=26;26+9=35. But let me make sure.\n29+4=33;33+3=36;36+9=45. The total is \\boxed{45}.",
+    "9+4 Wait 29+=3 the;29+4=33;33+3=36;36+9=45. So the answer is \\boxed{45}.",
+    "29+4=33;33+3=36;36+9=45.\nBased on my current reasoning process, the final answer is \\boxed{45}.",
+]
+UNSOUND = [
+    "29+4=23;23+3=26;26+9=35. So the answer is \\boxed{45}.",  # jumps to the answer
+    "29+4=23;23+3=36;36+9=45. So the answer is \\boxed{45}.",  # two wrongs
+    "29+4=33;33+3=36;36+9=35. So the answer is \\boxed{45}.",
+    "29+4=33;33+3=36;36+9=45. So the answer is \\boxed{35}.",
+    "29+4=33;33+3=36. So the answer is \\boxed{45}.",  # skips an addend
+    "33+3=36;36+9=45. So the answer is \\boxed{45}.",  # skips the start
+    "29+3=32;32+4=36;36+9=45. So the answer is \\boxed{45}.",  # another order
+    "29+4=33;33+3=36;36+9=45;45+0=45. So the answer is \\boxed{45}.",
+    "29+4=33; Wait 33+3=36;36+9=45. So the answer is \\boxed{45}.",  # a broken chain
+    "29+4=33;33+3=36;36+9=45. So the answer is \\boxed{45",  # cut off
+    "29+4=33;33+3=36;36+9=45.",
+    "29+4=33;33+3=36;36+9=45. Wait, let me recheck.\n29+4=23;23+3=26;26+9=35. The answer is \\boxed{35}.",
+    "29+4=33;33+3=36;36+9=45. Wait, let me recheck.\n29+4=33. The answer is \\boxed{45}.",
+    "29+4=33;33+3=36;36+9=45. The answer is \\boxed{45}. Wait, \\boxed{45}.",
+    "129+4=33;33+3=36;36+9=45. The answer is \\boxed{45}.",
+    "\\boxed{45}", "", "}{\\boxed{", "é\x00" * 50, "9" * 5000 + "+1=2", "1+1=" * 3000,
+]
+
+
+@pytest.mark.parametrize("text", SOUND)
+def test_sound_responses(text):
+    assert toy.is_sound(P, text) is True
+    assert toy.is_sound(P + " Check your work.\n" + toy.INSTRUCTION, text) is True
+    assert toy.is_sound("29+4+3+8?", text) is False
+
+
+@pytest.mark.parametrize("text", UNSOUND)
+def test_unsound_responses(text):
+    assert toy.is_sound(P, text) is False
+    assert toy.is_sound("no problem at all", text) is False
+
+
+def test_steps_by_pass():
+    assert toy.steps(SOUND[3]) == [[(29, 4, 23), (23, 3, 26), (26, 9, 35)], [(29, 4, 33), (33, 3, 36), (36, 9, 45)]]
+    assert toy.steps("1+2=3+4=7") == [] == toy.steps("")
+
+
+def test_every_reflection_is_recognised_and_no_closing_is():
+    assert all(toy.has_reflection("29+4=33." + r + "\n") for r in toy.REFLECTIONS)
+    assert not any(toy.has_reflection(f"29+4=33{c} \\boxed{{33}}.") for c in toy.CLOSINGS)
+
+
+# --- the base model --------------------------------------------------------------------------------------------------
+def test_training_from_nothing_writes_a_folder_that_loads(tmp_path, capsys):
+    argv = ["train", "--steps", "5", "--batch", "8", "--prompts", "0", "--seed", "7"]
+    for out in ("a", "b"):
+        toy.main(toy.get_args([*argv, "--out", str(tmp_path / out)]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    check_pair(model, tokenizer)
+    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert run["parameters"] == sum(p.numel() for p in model.parameters())
+    toy.main(toy.get_args(["check", "--model", str(tmp_path / "a"), "--prompts", "1", "--n", "1"]))
+
+
+def check_pair(model, tokenizer):
+    """What every stage relies on, of a model and a tokenizer that were read from a folder."""
+    made = toy.build_tokenizer()
+    assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
+    text = SOUND[2] + toy.INSTRUCTION
+    assert tokenizer(text)["input_ids"] == made(text)["input_ids"] and tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (toy.EOS, toy.PAD)
+    weight = model.get_input_embeddings().weight
+    assert weight is model.get_output_embeddings().weight and weight.dtype == torch.float32
+    assert len(tokenizer) < weight.shape[0] == model.config.vocab_size
+    assert model.config.max_position_embeddings >= 1024
+    generation = model.generation_config
+    assert tokenizer.eos_token_id in generation.eos_token_id and generation.pad_token_id == tokenizer.pad_token_id
+    assert (generation.temperature, generation.top_k, generation.top_p) == (1.0, 0, 1.0)
+    assert not generation.repetition_penalty or generation.repetition_penalty == 1.0
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="no base model in toy_model: python toy.py train --out toy_model")
+def test_shipped_model_is_the_stated_one():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
+    check_pair(model, tokenizer)
+    assert (SHIPPED / "model.safetensors").stat().st_size <= 8e6
+    run = json.loads((SHIPPED / "run.json").read_text())
+    assert abs(run["measured"]["loss_per_token"] - held_out_loss(model, tokenizer)) < 0.01
+    # It checks when asked, hardly ever when not, and hard problems stay unsolved without the check
+    problems = [r["problem"] for r in toy.problem_sets(0)["hard"][:24]]
+    asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, [p + toy.REQUESTS[0] for p in problems], 0)]
+    plain = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, problems, 0)]
+    assert sum(map(toy.has_reflection, asked)) >= 22 and sum(map(toy.has_reflection, plain)) <= 2
+    answers = [str(sum(toy.numbers(p))) for p in problems]
+    assert sum(map(verify, plain, answers)) <= 2 and sum(map(verify, asked, answers)) >= 18
+
+
+@torch.no_grad()
+def held_out_loss(model, tokenizer):
+    losses = [toy.text_loss(model, *batch).item() for batch in toy.batches(tokenizer, 1, 16, 64)]
+    return sum(losses) / len(losses)
