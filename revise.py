@@ -230,6 +230,10 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
     Fills losses and gaps of every Failure, and atoms and gammas, which are all that `soft_prefix` needs to rebuild these
     prefixes. A rollout whose L_guide is below --eps-stop leaves the batch before it is moved, and stays as it is.
     """
+    window = getattr(model.config, "sliding_window", None)
+    if window and max(len(f.q) + len(f.r) + len(f.c) for f in batch) > window:
+        raise UserError(f"--model: its attention slides over {window} tokens, and a rollout is longer; the packed pass is full "
+                        "attention")
     W = model.get_input_embeddings().weight.detach()
     weights = (args.explore_weight, args.alpha_guide, args.beta_nll)
     soft = [soft_prefix(W, f.r, [], []) for f in batch]

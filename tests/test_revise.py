@@ -6,6 +6,7 @@ import torch
 from conftest import ROWS, TOKENS, tiny_model
 
 import revise
+from common import UserError
 
 TEMPLATE_IDS = [5, 6, 7, 8]
 
@@ -185,6 +186,15 @@ def test_no_tensor_of_rows_times_vocabulary_exists():
             _, G = revise.losses_and_gradient(model, packed, revise.soft_prefix(W, batch[0].r, [], []), head_rows=8)
             revise.best_rows(-G, W, torch.arange(TOKENS), chunk=16)
     assert 0 < largest < 90 * TOKENS
+
+
+def test_rollouts_longer_than_a_sliding_window_are_refused():
+    model, batch = tiny_model("qwen2"), failures(SIZES[0])
+    model.config.sliding_window = 12  # as long as the rollout: no key is out of sight
+    revise.revise_prefixes(model, batch, TEMPLATE_IDS, torch.arange(TOKENS), revision_args(revision_steps=1))
+    model.config.sliding_window = 11
+    with pytest.raises(UserError, match="slides over 11 tokens"):
+        revise.revise_prefixes(model, batch, TEMPLATE_IDS, torch.arange(TOKENS), revision_args(revision_steps=1))
 
 
 def test_eq7_iterates_stay_in_the_hull_with_the_same_weights_at_every_position():
