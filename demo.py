@@ -68,13 +68,14 @@ def share(k: int, n: int) -> str:
     return f"{100 * k / max(n, 1):.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({k}/{n})"
 
 
-def recovery_row(name: str, records: list[dict], problems: dict[str, str], score: str = "reward") -> str:
-    """One line of the recovery table, from the first failed rollout of every prompt."""
+def recovery_row(name: str, records: list[dict], problems: dict[str, str], tokenizer, score: str = "reward") -> str:
+    """One line of the recovery table, from the first failed rollout of every prompt. Self-correction is looked for in the
+    continuation alone: the projected prefix may hold its words without their meaning."""
     continuations = [(r["id"], c) for r in records for c in r["continuations"]]
     hits = [(i, c) for i, c in continuations if c[score]]
     sound = [i for i, c in hits if toy.is_sound(problems[i], c["response"])]
     length = sum(len(c["ids"]) for _, c in continuations) / len(continuations)
-    reflects = sum(toy.has_reflection(c["response"]) for _, c in continuations)
+    reflects = sum(toy.has_reflection(tokenizer.decode(c["ids"])) for _, c in continuations)
     return (f"| {name} | {share(len({i for i, _ in hits}), len(records))} | {share(len(set(sound)), len(records))} | "
             f"{length:.1f} | {share(reflects, len(continuations))} | {share(len(sound), len(hits)) if hits else '-'} |")
 
@@ -216,8 +217,8 @@ def main(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(ROOT / args.model if not Path(args.model).exists() else args.model)
     records = {name: first_attempts(common.read_jsonl(folder / "revised.jsonl")) for name, folder in folders.items()}
-    rows = [recovery_row(name, r, problems) for name, r in records.items()]
-    rows.append(recovery_row("permuted gold, scored on it", records["permuted gold"], problems, "guide_reward"))
+    rows = [recovery_row(name, r, problems, tokenizer) for name, r in records.items()]
+    rows.append(recovery_row("permuted gold, scored on it", records["permuted gold"], problems, tokenizer, "guide_reward"))
     results = json.loads((out / "eval" / "results.json").read_text())
     labels = ["base", *train]
     for r, label in zip(results, labels):
