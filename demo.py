@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent
 
 # hard, test: problems; attempts: failed rollouts revised per prompt, for the training data; record: --record-every
 FULL = {"hard": 300, "test": 150, "attempts": 3, "steps": 16, "batch": 16, "record": 2}
-QUICK = {"hard": 64, "test": 32, "attempts": 2, "steps": 6, "batch": 8, "record": 5}
+QUICK = {"hard": 48, "test": 24, "attempts": 2, "steps": 6, "batch": 8, "record": 5}
 CONTINUATIONS = 8
 LENGTH = "--max-new-tokens 160"
 PROBLEMS = f"{LENGTH} --instruction '' --batch-size 512"

@@ -261,9 +261,11 @@ def main(args: argparse.Namespace) -> None:
         if common.rank() == 0:
             common.append_jsonl(out / "metrics.jsonl", [metrics])
             if step % 10 == 1 and rows:
+                rescued = {r["id"] for r in rows if r.get("injected")}  # shown first
                 common.append_jsonl(out / "samples.jsonl", [
                     {"step": step, "id": r["id"], "reward": r["reward"], "advantage": r["advantage"],
-                     "injected": r.get("injected", False), "response": r["response"]} for r in rows[:2 * args.group_size]])
+                     "injected": r.get("injected", False), "response": r["response"]}
+                    for r in sorted(rows, key=lambda r: r["id"] not in rescued)[:2 * args.group_size]])
             bar.set_postfix_str(f"reward {metrics['reward']:.3f}, zero-hit {metrics['zero_hit']:.2f}, rescued "
                                 f"{metrics['rescued']:.2f}", refresh=False)
             if not stats or counts["kept"] < args.batch_prompts and args.algo == "dapo":
