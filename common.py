@@ -31,7 +31,10 @@ def read_jsonl(path: str | Path, fields: tuple[str, ...] = (), drop_torn: bool =
     drop_torn=True forgets a last line without a newline, which is what a killed writer leaves behind.
     Raises UserError naming `path:line` for a missing file, a malformed line or a missing field.
     """
-    lines = read_bytes(path).split(b"\n")
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     records = []
     for number, line in enumerate(lines[:-1] if drop_torn else lines, 1):
         if not line.strip():
@@ -47,13 +50,6 @@ def read_jsonl(path: str | Path, fields: tuple[str, ...] = (), drop_torn: bool =
                 raise UserError(f"{path}:{number}: no field {field!r}")
         records.append(record)
     return records
-
-
-def read_bytes(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def to_line(record: dict) -> str:
@@ -319,6 +315,11 @@ def checkpointed(model, on: bool):
         if on:
             model.gradient_checkpointing_disable()
             model.train(before)
+
+
+def context_length(model) -> float:
+    """Positions that a model has, prompt and response together; infinite where its configuration names none."""
+    return getattr(model.config, "max_position_embeddings", None) or float("inf")
 
 
 def eos_ids(model, tokenizer) -> list[int]:

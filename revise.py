@@ -308,15 +308,12 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         prefixes = [dict.fromkeys(steps, soft_prefix(W, f.r, [], [])) for f in batch]  # controls: hard prefix, or none
     results = [{} for _ in batch]
     eos = common.eos_ids(model, tokenizer)
-    embed = model.get_input_embeddings()
+    questions = [W[torch.tensor(f.q, device=W.device)] for f in batch]  # Embed(q), each (Q, D)
+    keys = [[rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)] for f in batch]
+    context = common.context_length(model)
+    limits = [int(min(args.max_new_tokens - len(f.r), context - len(f.q) - len(f.r))) for f in batch]
     for step in sorted(steps):
-        prompts, keys, limits = [], [], []
-        for f, E in zip(batch, prefixes):
-            q = embed(torch.tensor(f.q, device=W.device)).detach()
-            prompts.append(torch.cat([q, E[step].to(q.dtype)]))
-            keys.append([rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)])
-            context = getattr(model.config, "max_position_embeddings", None) or float("inf")
-            limits.append(int(min(args.max_new_tokens - len(f.r), context - len(f.q) - len(f.r))))
+        prompts = [torch.cat([q, E[step].to(q.dtype)]) for q, E in zip(questions, prefixes)]
         samples = rollout.sample(model, prompts, keys, limits, eos=eos, vocab=vocab, temperature=args.temperature,
                                  top_k=args.top_k, top_p=args.top_p)
         for result, s in zip(results, samples):
@@ -333,7 +330,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
             rewards = [int(bool(verify(text, r["answer"]))) for text in soft_text]
             curve[step] = {"rewards": rewards, "lengths": [len(s.ids) for s in samples]}
         continuations = []
-        for s, soft_reward in zip(result[args.revision_steps], rewards):
+        for s, soft_reward in zip(result[args.revision_steps], curve[args.revision_steps]["rewards"]):
             text = tokenizer.decode(projected + s.ids, skip_special_tokens=True)
             c = {"ids": s.ids, "finish": s.finish, "response": text, "soft_reward": soft_reward,
                  "reward": int(bool(soft_reward and not ends and verify(text, r["answer"])))}  # Sec. 3.5, on the hard trajectory too
@@ -411,7 +408,7 @@ def read_rollout(file: Path, entry: Entry) -> dict:
 
 def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
     """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a continuation."""
-    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    context = common.context_length(model)
     where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
     rollout.check_ids(r, vocab, where)
     n = cut(r["response_ids"], args.rho)

@@ -266,7 +266,7 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
 
 def add_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace) -> None:
     """Give each problem its `prompt_ids` and `limit`, the response tokens its context leaves (<= --max-new-tokens)."""
-    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    context = common.context_length(model)
     for p in problems:
         p["prompt_ids"] = prompt_ids(tokenizer, p["problem"], args)
         if not 0 < len(p["prompt_ids"]) < context:

@@ -194,7 +194,7 @@ def trained(out: Path) -> bool:
 # --- the stage -------------------------------------------------------------------------------------------------------
 def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> list[dict]:
     """Training rows {prompt_ids, response_ids}. Raises UserError naming file and record for one that cannot be used."""
-    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    context = common.context_length(model)
     rows = []
     for path in paths:
         for number, r in enumerate(common.read_jsonl(path), 1):
