@@ -31,7 +31,7 @@ from tqdm import tqdm
 import common
 import revise
 import rollout
-import train_sft
+import training
 from common import UserError
 
 # Dimension key: G group, M response tokens of a micro-batch
@@ -89,7 +89,7 @@ def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, a
             failed[k] = long_enough[0]
     args = argparse.Namespace(**vars(args) | {"seed": rollout.row_key(*key)})  # new numbers each step
     groups, rescued, keys = list(groups), 0, list(failed)
-    for batch in train_sft.micro_batches([failed[k] for k in keys], args.batch_tokens):
+    for batch in training.micro_batches([failed[k] for k in keys], args.batch_tokens):
         chunk = [keys[i] for i in batch]
         records = revise.revise_batch(model, tokenizer, vocab, [failed[k] for k in chunk], args, verify)
         for k, record in zip(chunk, records):
@@ -111,7 +111,7 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
     kept, mine = 0, []
     for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
         key = (args.seed, "grpo", step, turn)
-        order = train_sft.draw_rows(len(problems), cursor, min(args.batch_prompts, len(problems)), args.seed)
+        order = training.draw_rows(len(problems), cursor, min(args.batch_prompts, len(problems)), args.seed)
         cursor += len(order)
         order = list(dict.fromkeys(order))  # a round across the end of an epoch can draw a prompt twice
         own = [problems[i] for i in order[common.rank()::common.world_size()]]
@@ -137,40 +137,40 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
         if kept == args.batch_prompts:
             break
     seconds = {k: v for k, v in counts.items() if k.startswith("seconds")}
-    counts = {k: train_sft.total(v) for k, v in counts.items() if k not in seconds} | seconds | {"kept": kept}
+    counts = {k: training.total(v) for k, v in counts.items() if k not in seconds} | seconds | {"kept": kept}
     return mine, cursor, counts
 
 
 # --- one step's update -----------------------------------------------------------------------------------------------
 def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespace) -> dict[str, float]:
     """--updates passes over the rows (with `advantage`), one optimizer step each. Returns means over response tokens."""
-    tokens = train_sft.total(sum(len(r["response_ids"]) for r in rows))  # all ranks, before the first forward
+    tokens = training.total(sum(len(r["response_ids"]) for r in rows))  # all ranks, before the first forward
     if tokens == 0:
         return {}
-    plan = train_sft.micro_batches(rows, args.micro_batch_tokens)
+    plan = training.micro_batches(rows, args.micro_batch_tokens)
     device = model.device
     old, refs = {}, {}
-    with torch.no_grad(), train_sft.autocast(args, device):
+    with torch.no_grad(), training.autocast(args, device):
         for k, indices in enumerate(plan):
             if args.updates > 1:  # with one update the old log-probabilities are the new ones, detached
-                old[k] = train_sft.response_logprobs(model, [rows[i] for i in indices])[0]
+                old[k] = training.response_logprobs(model, [rows[i] for i in indices])[0]
             if reference is not None:
-                refs[k] = train_sft.response_logprobs(reference, [rows[i] for i in indices])[0]
+                refs[k] = training.response_logprobs(reference, [rows[i] for i in indices])[0]
     for _ in range(args.updates):
         sums = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0)
         for k, indices in enumerate(plan):
             batch = [rows[i] for i in indices]
             with common.checkpointed(model, args.checkpoint_activations):
-                with train_sft.autocast(args, device):
-                    logp, entropy, owner = train_sft.response_logprobs(model, batch)
+                with training.autocast(args, device):
+                    logp, entropy, owner = training.response_logprobs(model, batch)
                 advantage = torch.tensor([r["advantage"] for r in batch], device=device)[owner]
                 loss, kl, clipped = policy_loss(logp, old.get(k, logp.detach()), refs.get(k), advantage, args.clip_low,
                                                 args.clip_high, args.kl_coef)
                 (loss.sum() / tokens).backward()  # denominator: response tokens of the step, over all ranks
             for name, value in (("loss", loss), ("kl", kl), ("clipped", clipped), ("entropy", entropy)):
                 sums[name] += float(value.detach().sum())
-        norm = train_sft.apply_gradients(model, optimizer, args.grad_clip)
-    return {k: train_sft.total(v) / tokens for k, v in sums.items()} | {"grad_norm": norm, "tokens": tokens}
+        norm = training.apply_gradients(model, optimizer, args.grad_clip)
+    return {k: training.total(v) / tokens for k, v in sums.items()} | {"grad_norm": norm, "tokens": tokens}
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revise", action="store_true", help="[Sec. 3.6] rescue zero-hit groups: the method")
     parser.add_argument("--inject", default="replace", choices=["replace", "append"],
                         help="[ours] the recovered trajectory replaces the rollout it came from, or joins the group")
-    train_sft.add_training_args(parser)
+    training.add_training_args(parser)
     revise.add_revision_args(parser)
     rollout.add_sampling_args(parser)
     rollout.add_problem_args(parser)
@@ -202,13 +202,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-FREE = (*train_sft.FREE, "batch_size", "batch_tokens")
+FREE = (*training.FREE, "batch_size", "batch_tokens")
 
 
 def main(args: argparse.Namespace) -> None:
     rollout.check_sampling_args(args)
     revise.check_revision_args(args)
-    train_sft.check_training_args(args)
+    training.check_training_args(args)
     for flag, low in {"group_size": 2, "batch_prompts": 1, "updates": 1, "resample": 0,
                       "overlong_buffer": 0, "kl_coef": 0, "clip_low": 0, "clip_high": 0}.items():
         if not getattr(args, flag) >= low:  # true of nan as well
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
     problems = rollout.read_problems(args.data, args)
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
-    if train_sft.trained(out):
+    if training.trained(out):
         print(f"{out / 'model'} is trained already")
         return
     verify = common.load_verifier(args.verifier)
@@ -229,8 +229,8 @@ def main(args: argparse.Namespace) -> None:
     reference = common.load_model(args, device)[0] if args.kl_coef else None  # the initial model, also after a restart
     # Sampling and revision in bfloat16 need a copy of the float32 master weights
     actor = common.load_model(args, device)[0] if args.dtype == "bfloat16" else model
-    optimizer = train_sft.make_optimizer(model, args)
-    state = {"cursor": 0} | train_sft.load_checkpoint(out, model, optimizer)
+    optimizer = training.make_optimizer(model, args)
+    state = {"cursor": 0} | training.load_checkpoint(out, model, optimizer)
 
     bar = tqdm(range(state["step"] + 1, args.steps + 1), desc=args.algo, unit="step", initial=state["step"],
                total=args.steps, disable=common.rank() > 0)
@@ -252,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
         # === update ===
         start = time.time()
         stats = update(model, reference, optimizer, rows, args)
-        injected = train_sft.total(sum(len(r["response_ids"]) for r in rows if r.get("injected")))
+        injected = training.total(sum(len(r["response_ids"]) for r in rows if r.get("injected")))
         metrics = {"step": step, "reward": counts["hits"] / counts["sampled"],
                    "zero_hit": counts["zero_hit"] / counts["groups"], "rescued": counts["rescued"] / counts["groups"],
                    "injected_tokens": injected / max(stats.get("tokens", 0), 1), "kept_groups": counts["kept"], **stats,
@@ -272,8 +272,8 @@ def main(args: argparse.Namespace) -> None:
                 bar.write(f"step {step}: only {counts['kept']} of {args.batch_prompts} groups had signal after "
                           f"{args.resample} further rounds")
         if args.save_every and step % args.save_every == 0 and step < args.steps:
-            train_sft.save_checkpoint(out, step, model, tokenizer, optimizer, {"cursor": state["cursor"]})
-    train_sft.finish(out, model, tokenizer)
+            training.save_checkpoint(out, step, model, tokenizer, optimizer, {"cursor": state["cursor"]})
+    training.finish(out, model, tokenizer)
     if common.rank() == 0:
         print(f"{args.steps} steps; model in {out / 'model'}")
 

@@ -24,6 +24,7 @@ import common
 import rollout
 import train_grpo
 import train_sft
+import training
 
 
 def make_rows(sizes, seed=0):
@@ -70,7 +71,7 @@ def assert_same_gradients(ours, expected, tolerance=1e-6):
 def test_response_logprobs_entropies_and_gradients_equal_a_token_by_token_loop(family, tied, head_rows):
     model, rows = tiny_model(family, tied), make_rows(SIZES)
     weights = torch.linspace(-1, 2, sum(n for _, n in SIZES))
-    logp, entropy, owner = train_sft.response_logprobs(model, rows, head_rows)
+    logp, entropy, owner = training.response_logprobs(model, rows, head_rows)
     (weights * logp).sum().backward()
     ours = gradients(model)
     literal = [literal_logprobs(model, r) for r in rows]
@@ -86,7 +87,7 @@ def test_response_logprobs_entropies_and_gradients_equal_a_token_by_token_loop(f
 @settings(max_examples=200, deadline=None)
 def test_micro_batches_hold_every_row_once_within_the_budget(sizes, budget):
     rows = [{"prompt_ids": [5] * q, "response_ids": [5] * n} for q, n in sizes]
-    batches = train_sft.micro_batches(rows, budget)
+    batches = training.micro_batches(rows, budget)
     assert sorted(i for b in batches for i in b) == list(range(len(rows)))
     widths = [max(sum(sizes[i]) for i in b) for b in batches]
     assert all(len(b) * w <= budget or len(b) == 1 for b, w in zip(batches, widths))
@@ -95,15 +96,15 @@ def test_micro_batches_hold_every_row_once_within_the_budget(sizes, budget):
 
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(1, 30), st.integers(0, 3))
 def test_draw_rows_visits_every_row_once_an_epoch_and_has_no_state(count, start, size, seed):
-    rows = train_sft.draw_rows(count, start, size, seed)
-    assert rows == [train_sft.draw_rows(count, i, 1, seed)[0] for i in range(start, start + size)]  # pure
+    rows = training.draw_rows(count, start, size, seed)
+    assert rows == [training.draw_rows(count, i, 1, seed)[0] for i in range(start, start + size)]  # pure
     epoch = start // count + 1
-    assert sorted(train_sft.draw_rows(count, epoch * count, count, seed)) == list(range(count))
+    assert sorted(training.draw_rows(count, epoch * count, count, seed)) == list(range(count))
 
 
 def test_draw_rows_shuffles_each_epoch_differently():
-    epochs = [tuple(train_sft.draw_rows(20, 20 * e, 20, seed=0)) for e in range(5)]
-    assert len({*epochs, tuple(train_sft.draw_rows(20, 0, 20, seed=1))}) == 6
+    epochs = [tuple(training.draw_rows(20, 20 * e, 20, seed=0)) for e in range(5)]
+    assert len({*epochs, tuple(training.draw_rows(20, 0, 20, seed=1))}) == 6
 
 
 # --- supervised fine-tuning -------------------------------------------------------------------------------------------
@@ -124,10 +125,10 @@ def test_sft_gradient_equals_the_mean_cross_entropy_for_every_micro_batch_budget
     loss = -torch.cat([literal_logprobs(model, r)[0] for r in rows]).mean()  # mean over the tokens of the step
     loss.backward()
     expected, seen = gradients(model), []
-    monkeypatch.setattr(train_sft, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
+    monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
     plans = []
-    micro = train_sft.micro_batches
-    monkeypatch.setattr(train_sft, "micro_batches", lambda r, b: plans.append(micro(r, b)) or plans[-1])
+    micro = training.micro_batches
+    monkeypatch.setattr(training, "micro_batches", lambda r, b: plans.append(micro(r, b)) or plans[-1])
     for budget in (1, 24, 48, 10_000):
         out = tmp_path / str(budget)
         train_sft.main(sft_args(model_dir, data, out, "--steps", "1", "--batch-size", "5",
@@ -305,7 +306,7 @@ def test_sec31_grpo_gradient_equals_the_formula_differentiated(monkeypatch, budg
     loss = literal_grpo_loss(model, reference, [literal_logprobs(model, r)[0].detach() for r in rows], rows, args)
     loss.backward()
     expected, seen = gradients(model), []
-    monkeypatch.setattr(train_sft, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
+    monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
     stats = train_grpo.update(model, reference, None, rows, args)
     assert_same_gradients(seen[0], expected)
     assert stats["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -329,7 +330,7 @@ def test_sec31_two_updates_equal_a_literal_ppo_loop():
         norm = torch.nn.utils.clip_grad_norm_(literal.parameters(), 1.0)
         optimizer.step()
     assert (ratios - 1).abs().max() > 0.2  # the second pass is off-policy, and clips
-    stats = train_grpo.update(model, reference, train_sft.make_optimizer(model, args), rows, args)
+    stats = train_grpo.update(model, reference, training.make_optimizer(model, args), rows, args)
     assert stats["loss"] == pytest.approx(float(loss), rel=1e-4)
     assert stats["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert stats["clipped"] > 0
@@ -365,7 +366,7 @@ def test_dapo_dynamic_sampling_drops_groups_without_signal_and_fills_the_batch(m
     assert len(groups) == counts["kept"] == size
     assert all([r["reward"] for r in g] == [0, 1] for g in groups)
     assert len(calls) > 1 and cursor == 7 + size * len(calls)
-    order = [train_sft.draw_rows(12, i, 1, 0)[0] for i in range(7, cursor)]
+    order = [training.draw_rows(12, i, 1, 0)[0] for i in range(7, cursor)]
     with_signal = [f"p{i}" for i in order if i % 3 == 2]
     assert [g[0]["id"] for g in groups] == with_signal[:size]  # in the order of the data, the first that have signal
     assert counts["groups"] == len(order) and counts["zero_hit"] == sum(i % 3 == 0 for i in order)
@@ -550,15 +551,15 @@ def test_grpo_with_revise_killed_and_continued_gives_the_same_bytes(tmp_path, mo
 def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_path):
     args = argparse.Namespace(lr=1e-2, weight_decay=0.1)
     model, rows = tiny_model("qwen3", tied=False), make_rows(SIZES)
-    optimizer = train_sft.make_optimizer(model, args)
+    optimizer = training.make_optimizer(model, args)
     for _ in range(2):
-        train_sft.response_logprobs(model, rows)[0].sum().backward()
-        train_sft.apply_gradients(model, optimizer, 1.0)
-    train_sft.save_checkpoint(tmp_path, 2, model, tiny_tokenizer(), optimizer, {"cursor": 7})
+        training.response_logprobs(model, rows)[0].sum().backward()
+        training.apply_gradients(model, optimizer, 1.0)
+    training.save_checkpoint(tmp_path, 2, model, tiny_tokenizer(), optimizer, {"cursor": 7})
     other = tiny_model("qwen3", tied=False, seed=9)
-    fresh = train_sft.make_optimizer(other, args)
-    assert train_sft.load_checkpoint(tmp_path, other, fresh) == {"step": 2, "cursor": 7}
+    fresh = training.make_optimizer(other, args)
+    assert training.load_checkpoint(tmp_path, other, fresh) == {"step": 2, "cursor": 7}
     for m, o in ((model, optimizer), (other, fresh)):
-        train_sft.response_logprobs(m, rows)[0].sum().backward()
-        train_sft.apply_gradients(m, o, 1.0)
+        training.response_logprobs(m, rows)[0].sum().backward()
+        training.apply_gradients(m, o, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
