@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import common
+import packed
 import revise
 
 SHAPES = {"short": (150, 800, 200, 20), "long": (150, 3200, 800, 20)}  # tokens: q, r, c, template and gold together
@@ -63,9 +64,9 @@ def literal_frozen_step(model, *step) -> tuple:
 
 
 def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
-    with revise.frozen(model):
-        packed = revise.pack([f], template, weights, False, W.device)
-        losses, G = revise.losses_and_gradient(model, packed, E)
+    with packed.frozen(model):
+        tensors = packed.pack([f], template, weights, False, W.device)
+        losses, G = packed.losses_and_gradient(model, tensors, E)
     return losses[0], G, revise.oracle(G, W, torch.arange(len(W), device=W.device))
 
 
@@ -118,7 +119,7 @@ def bench_revise(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, len(W), (q + r + c + a,), generator=generator).tolist()
         f = revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-4:])
-        step = (model, f, ids[-a:-4], W, revise.soft_prefix(W, f.r, [], []), weights)
+        step = (model, f, ids[-a:-4], W, revise.soft_prefix(W, f.atoms, f.weights), weights)
         (ours, G, v), (theirs, G_literal, v_literal) = packed_step(*step), literal_step(*step)
         agreement = {"gradient_relative_error": float((G - G_literal).norm() / G_literal.norm()),
                      "vertices_equal": float((v == v_literal).float().mean()),

@@ -92,6 +92,13 @@ def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
     return found
 
 
+def read_at(path: Path, offset: int, size: int) -> dict:
+    """The record that scan() found there."""
+    with open(path, "rb") as f:
+        f.seek(offset)
+        return json.loads(f.read(size))
+
+
 def open_part(out: Path, name: str, keep) -> tuple[Path, dict]:
     """This rank's part file to append to, and scan() of what all ranks have finished so far, whoever they were."""
     part = out / f"{name}.rank{rank()}.part"
@@ -106,18 +113,15 @@ def open_part(out: Path, name: str, keep) -> tuple[Path, dict]:
     return part, done
 
 
-def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
-    """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample, and removes them."""
+def merge_parts(out: Path, name: str, order: dict[str, int], rewrite=iter) -> None:
+    """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample, and removes them. rewrite: a
+    generator from the records in that order to those that are written."""
     barrier()
     if rank() == 0:
         index = scan(sorted(out.glob(f"{name}.rank*.part")), keep=lambda record: None)
         aside = out / f"{name}.jsonl.tmp"
-        with open(aside, "wb") as f:
-            for key in sorted(index, key=lambda k: (order[k[0]], k[1])):
-                path, offset, size, _ = index[key]
-                with open(path, "rb") as source:
-                    source.seek(offset)
-                    f.write(source.read(size))
+        with open(aside, "w", encoding="ascii") as f:
+            f.writelines(map(to_line, rewrite(read_at(*index[key][:3]) for key in sorted(index, key=lambda k: (order[k[0]], k[1])))))
         os.replace(aside, out / f"{name}.jsonl")
         remove_parts(out, name)
     barrier()

@@ -11,37 +11,40 @@ r^ and [r^; c^] is verified again: that is a recovered trajectory.
 
 Reads   rollouts.jsonl of rollout.py (prompts whose rollouts all failed).
 Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `prefix_len`, `recovered`, `losses` (explore,
-        guide, nll per step), `gaps`, `gammas`, `atoms`, `kept` (share of prefix tokens the projection gives back),
-        `continuations`; recovered.jsonl, one hard trajectory per right continuation, in the fields of rollouts.jsonl.
+        guide, nll per step), `gaps`, `gammas`, `passes` (forward), `kept` (share of prefix tokens the projection gives
+        back), `continuations`, `prefix_file`; prefixes-*.safetensors, the atoms and weights that rebuild every soft prefix;
+        recovered.jsonl, one hard trajectory per right continuation, in the fields of rollouts.jsonl.
 
 Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves open: the cut is
 floor(rho * tokens) with end-of-sequence counted in c; only ids that the tokenizer can decode are vertices; eight
 continuations per prefix; all failed rollouts of a prompt are tried in turn until one is recovered.
 """
 import argparse
-import contextlib
 import json
 import math
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AttentionInterface
 
 import common
+import controls
+import packed
 import rollout
 from common import UserError
 
-# Dimension key: B rollouts, Q prompt, R prefix, C continuation, A branch (template and gold answer), T trunk = Q + R + C,
-# S = T + A, N = sum of R over the batch, M targets, V vocabulary rows, D model width
+# Dimension key: B rollouts, Q prompt, R prefix, N = sum of R over the batch, V vocabulary rows, D model width
 
 TEMPLATE = "Based on my current reasoning process, the final answer is "
-HEAD_ROWS = 256  # rows whose logits exist at a time: 256 x 152k floats are 155 MB
 ORACLE_ROWS = 16384  # vocabulary rows scored at a time
+SHELF_BYTES = 2**28  # of atoms and weights in one prefixes-*.safetensors
 
 
 @dataclass
@@ -53,118 +56,22 @@ class Failure:
     r: list[int]
     c: list[int]
     gold: list[int]  # y_GT, as the template continues
-    atoms: list[Tensor] = field(default_factory=list)  # v*_i of each step, (R,)
+    atoms: list[Tensor] = field(default_factory=list)  # token ids, (R,) each: r, then v*_i of each step
+    weights: list[float] = field(default_factory=lambda: [1.0])  # of the atoms in E_r, summing to 1
     gammas: list[float] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)  # L_explore, L_guide, L_NLL before each step
     gaps: list[float] = field(default_factory=list)  # Frank-Wolfe duality gap before each step
+    passes: int = 0  # forward passes that its revision took
 
+    before: tuple[Tensor, Tensor] | None = None  # E_r and G of the step before, for --step-rule short
 
-# --- the packed pass: Eqs. (2)-(5) and their gradient in one forward and one backward ---------------------------------
-def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
-                     scaling: float | None = None, **_) -> tuple[Tensor, None]:
-    """Attention over [trunk; branch]: the trunk [q; E_r; c] is causal, the branch [c_tmpl; y_GT] sees q, E_r and itself.
+    def __post_init__(self):
+        self.atoms = self.atoms or [torch.tensor(self.r, dtype=torch.long)]
 
-    query (B, heads, S, head_dim), key and value (B, kv_heads, S, head_dim), attention_mask (B, 1, A, S) bool, rows of
-    the branch only: no S x S mask ever exists. Returns (B, S, heads, head_dim).
-    """
-    B, heads, S, width = query.shape
-    T, groups = S - attention_mask.shape[2], heads // key.shape[1]
-    trunk = F.scaled_dot_product_attention(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True, scale=scaling,
-                                           enable_gqa=groups > 1)
-    # The heads of a group become rows of one head: with a mask, enable_gqa would fall back to the slow kernel on a GPU
-    rows = query[:, :, T:].reshape(B, -1, groups * (S - T), width)
-    branch = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=scaling)
-    return torch.cat([trunk, branch.reshape(B, heads, S - T, -1)], 2).transpose(1, 2), None
-
-
-AttentionInterface.register("latentrevise_packed", packed_attention)
-
-
-@contextlib.contextmanager
-def frozen(model, checkpoint: bool = False):
-    """The model as Algorithm 1 wants it: no parameter gradients, no dropout, packed attention; all restored after."""
-    training, attention = model.training, model.config._attn_implementation
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    model.set_attn_implementation("latentrevise_packed")
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        with common.checkpointed(model, checkpoint):
-            yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        model.set_attn_implementation(attention)
-        model.train(training)
-
-
-def pack(batch: list[Failure], template: list[int], weights: tuple[float, float, float], mean: bool,
-         device: torch.device) -> dict[str, Tensor]:
-    """Index tensors of the packed pass. weights: those of L_explore, L_guide, L_NLL in Eq. (5).
-
-    ids, positions (B, S); mask (B, 1, A, S); prefix (N,) flat slots of the E_r rows in B*S; and per target: source (M,)
-    flat slot of the hidden state that predicts it, target (M,), owner (M,) rollout, term (M,) 0 explore 1 guide 2 nll,
-    coef (M,) its weight in the total loss of cross-entropies.
-    """
-    T = max(len(f.q) + len(f.r) + len(f.c) for f in batch)
-    A = max(len(template) + len(f.gold) for f in batch)
-    S = T + A
-    ids = torch.zeros(len(batch), S, dtype=torch.long)
-    positions = torch.zeros(len(batch), S, dtype=torch.long)
-    mask = torch.zeros(len(batch), 1, A, S, dtype=torch.bool)
-    mask[..., T:] = torch.ones(A, A, dtype=torch.bool).tril()  # padded branch rows see themselves: no empty softmax
-    prefix, targets = [], []
-    for b, f in enumerate(batch):
-        cut, end = len(f.q) + len(f.r), len(f.q) + len(f.r) + len(f.c)
-        branch = template + f.gold
-        ids[b, :end] = torch.tensor(f.q + f.r + f.c)
-        ids[b, T:T + len(branch)] = torch.tensor(branch)
-        positions[b] = torch.cat([torch.arange(T), cut + torch.arange(A)])  # the branch takes the place of c
-        mask[b, :, :, :cut] = True
-        prefix += range(b * S + len(f.q), b * S + cut)
-        # The next-token shift, written once: the token in slot s is predicted from slot s-1, and the first token of the
-        # branch from the last of the prefix.
-        nll = [(s - 1, s, 2) for s in range(len(f.q), cut)]
-        explore = [(s - 1, s, 0) for s in range(cut, end)]
-        guide = [(s - 1 if s > T else cut - 1, s, 1) for s in range(T + len(template), T + len(branch))]
-        for source, s, term in explore + guide + nll:
-            count = {0: len(explore), 1: len(guide), 2: len(nll)}[term] if mean else 1  # denominator: the term's tokens
-            # L_explore is +log p, minus a cross-entropy: Eq. (2)
-            targets.append((b * S + source, int(ids[b, s]), b, term, (-1, 1, 1)[term] * weights[term] / count))
-    source, target, owner, term, coef = zip(*targets)
-    packed = {"ids": ids, "positions": positions, "mask": mask, "prefix": torch.tensor(prefix),
-              "source": torch.tensor(source), "target": torch.tensor(target), "owner": torch.tensor(owner),
-              "term": torch.tensor(term), "coef": torch.tensor(coef)}
-    return {k: v.to(device) for k, v in packed.items()}
-
-
-def losses_and_gradient(model, packed: dict[str, Tensor], E: Tensor, head_rows: int = HEAD_ROWS) -> tuple[Tensor, Tensor]:
-    """L_explore, L_guide, L_NLL of every rollout (B, 3), Eqs. (2)-(4), and G = grad_E L_total (N, D), Eqs. (5)-(6).
-
-    E (N, D) float32: the soft prefixes of the batch, one after the other. Call inside `frozen(model)`. The head runs in
-    chunks of rows, each turned into the gradient of its hidden states at once, so rows x V logits never exist.
-    """
-    E = E.detach().requires_grad_()
-    x = model.get_input_embeddings()(packed["ids"])  # (B, S, D)
-    B, S, D = x.shape
-    x = x.reshape(B * S, D).index_copy(0, packed["prefix"], E.to(x.dtype)).reshape(B, S, D)
-    hidden = model.base_model(inputs_embeds=x, attention_mask=packed["mask"], position_ids=packed["positions"],
-                              use_cache=False).last_hidden_state.reshape(B * S, D)
-    h = hidden.detach()[packed["source"]]  # (M, D)
-    dh, ce = torch.empty_like(h), torch.empty(len(h), device=h.device)
-    for s in range(0, len(h), head_rows):
-        rows = slice(s, s + head_rows)
-        chunk = h[rows].requires_grad_()
-        logits = model.get_output_embeddings()(chunk).float()  # (rows, V)
-        ce_rows = F.cross_entropy(logits, packed["target"][rows], reduction="none")
-        dh[rows], = torch.autograd.grad((packed["coef"][rows] * ce_rows).sum(), chunk)
-        ce[rows] = ce_rows.detach()
-    sign = torch.tensor([-1.0, 1.0, 1.0], device=h.device)
-    losses = torch.zeros(B, 3, device=h.device).index_put_((packed["owner"], packed["term"]), ce, accumulate=True) * sign
-    dhidden = torch.zeros_like(hidden).index_add_(0, packed["source"], dh)
-    G, = torch.autograd.grad(hidden, E, dhidden)
-    return losses, G
+    def move(self, v: Tensor, gamma: float) -> None:
+        """Eq. (7) on the weights: all that there were shrink by 1 - gamma, and the vertices v (R,) enter with gamma."""
+        self.atoms, self.weights = [*self.atoms, v], [*((1 - gamma) * w for w in self.weights), gamma]
+        self.gammas.append(gamma)
 
 
 # --- Frank-Wolfe -----------------------------------------------------------------------------------------------------
@@ -196,30 +103,16 @@ def oracle(G: Tensor, W: Tensor, allowed: Tensor) -> Tensor:
     return best_rows(-G, W, allowed)
 
 
-def soft_prefix(W: Tensor, r: list[int], atoms: list[Tensor], gammas: list[float]) -> Tensor:
-    """E_r after len(atoms) steps of Eq. (7), (R, D) float32: (1 - gamma) E + gamma W[v], from Embed(r).
+def soft_prefix(W: Tensor, atoms: list[Tensor], weights: list[float]) -> Tensor:
+    """E_r (R, D) float32 as sum_i weights_i W[atoms_i]: what Eq. (7) gives when it is multiplied out.
 
-    An iterate is a convex combination of (K+1) tokens per position with the same weights everywhere, so ids and step
-    sizes are all there is to store: this rebuilds it bit for bit.
+    Every iterate is a convex combination of at most K+1 tokens per position, with the same weights at every position. So
+    ids and weights are all there is to a soft prefix: stored, they rebuild it bit for bit.
     """
-    E = W[torch.as_tensor(r, dtype=torch.long, device=W.device)].float()
-    for v, gamma in zip(atoms, gammas):
-        E = (1 - gamma) * E + gamma * W[torch.as_tensor(v, device=W.device)].float()
+    E = torch.zeros(len(atoms[0]), W.shape[1], device=W.device)
+    for ids, weight in zip(atoms, weights):
+        E = E + weight * W[torch.as_tensor(ids, dtype=torch.long, device=W.device)].float()
     return E
-
-
-def random_vertices(f: Failure, step: int, allowed: Tensor, seed: int) -> Tensor:
-    """Control: one allowed id per position, (R,), that no gradient has chosen."""
-    generator = torch.Generator().manual_seed(rollout.row_key(seed, f.id, f.sample, "vertex", step))
-    return allowed[torch.randint(len(allowed), (len(f.r),), generator=generator).to(allowed.device)]
-
-
-def adam_step(E: Tensor, g: Tensor, moments: tuple[Tensor, Tensor], step: int, lr: float) -> Tensor:
-    """Ablation "no Frank-Wolfe": one step of Adam (Kingma & Ba 2015) on the free prefix, which may leave the hull."""
-    m, v = moments
-    m.mul_(0.9).add_(g, alpha=0.1)
-    v.mul_(0.999).addcmul_(g, g, value=0.001)
-    return E - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)  # denominators: bias corrections
 
 
 def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: Tensor, args: argparse.Namespace,
@@ -227,8 +120,9 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
     """Algorithm 1 on a batch, the model frozen: every rollout's revised prefix, (R, D) float32, after the steps in `keep`
     and after the last, {step: prefix}.
 
-    Fills losses and gaps of every Failure, and atoms and gammas, which are all that `soft_prefix` needs to rebuild these
-    prefixes. A rollout whose L_guide is below --eps-stop leaves the batch before it is moved, and stays as it is.
+    Fills in the rest of every Failure; its atoms and weights are all that `soft_prefix` needs to rebuild the last prefix
+    (with --optimizer adam it cannot be rebuilt). A rollout whose L_guide is below --eps-stop leaves the batch before it is
+    moved, and stays as it is.
     """
     window = getattr(model.config, "sliding_window", None)
     if window and max(len(f.q) + len(f.r) + len(f.c) for f in batch) > window:
@@ -236,37 +130,49 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
                         "attention")
     W = model.get_input_embeddings().weight.detach()
     weights = (args.explore_weight, args.alpha_guide, args.beta_nll)
-    soft = [soft_prefix(W, f.r, [], []) for f in batch]
+    plain = args.direction == "frank-wolfe" and args.step_rule == "diminishing"
+    soft = [soft_prefix(W, f.atoms, f.weights) for f in batch]
     moments = [(torch.zeros_like(E), torch.zeros_like(E)) for E in soft] if args.optimizer == "adam" else None
     kept = [{0: E} if 0 in keep else {} for E in soft]
-    active, packed = list(range(len(batch))), None
-    with frozen(model, args.checkpoint_activations):
+    active, tensors = list(range(len(batch))), None
+
+    def total(trial: dict[int, tuple], losses: Tensor | None = None) -> dict[int, float]:
+        """L_total of every active rollout, Eq. (5): from its losses, or in a forward pass with the trial's (atoms, weights)."""
+        if losses is None:
+            E = torch.cat([soft_prefix(W, *trial[b]) if b in trial else soft[b] for b in active])
+            losses, _ = packed.losses_and_gradient(model, tensors, E, gradient=False)
+        return dict(zip(active, (tensors["scale"] * losses).sum(-1).tolist()))
+
+    with packed.frozen(model, args.checkpoint_activations):
         for i in range(1, args.revision_steps + 1):  # Alg. 1, for i = 1..K
-            if packed is None:
-                packed = pack([batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
-            losses, G = losses_and_gradient(model, packed, torch.cat([soft[b] for b in active]))
-            gamma = args.gamma0 * 2 / (i + 1)  # Eq. (7); 2/(i+1) is the classical step of Frank-Wolfe
-            vertices = oracle(G, W, allowed)
+            if tensors is None:
+                tensors = packed.pack([batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
+            losses, G = packed.losses_and_gradient(model, tensors, torch.cat([soft[b] for b in active]))
             sizes = [len(batch[b].r) for b in active]
-            moving = []
-            for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), vertices.split(sizes)):
-                f, E = batch[b], soft[b]
+            moving = {}
+            for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), oracle(G, W, allowed).split(sizes)):
+                f = batch[b]
                 f.losses.append(loss)
+                f.passes += 1
                 if loss[1] < args.eps_stop:  # Alg. 1: stop if L_guide < eps, before the step
                     continue
-                moving.append(b)
-                f.gaps.append(float((g * (E - W[v].float())).sum()))  # <G, E - V*>; in the hull >= 0, 0 where stationary
-                if moments is not None:
-                    soft[b] = adam_step(E, g, moments[b], i, args.adam_lr)
-                else:
-                    v = random_vertices(f, i, allowed, args.seed) if args.vertices == "random" else v
-                    f.atoms.append(v)
-                    f.gammas.append(gamma)
-                    soft[b] = (1 - gamma) * E + gamma * W[v].float()  # Eq. (7)
+                f.gaps.append(float((g * (soft[b] - W[v].float())).sum()))  # <G, E - V*>; in the hull >= 0, 0 where stationary
+                moving[b] = g, controls.random_vertices(f, i, allowed, args.seed) if args.vertices == "random" else v
+            if moments is not None:
+                for b, (g, _) in moving.items():
+                    soft[b] = controls.adam_step(soft[b], g, moments[b], i, args.adam_lr)
+            elif plain:
+                for b, (_, v) in moving.items():
+                    batch[b].move(v, args.gamma0 * 2 / (i + 1))  # Eq. (7); 2/(i+1) is the classical step of Frank-Wolfe
+            else:
+                controls.take_steps(i, batch, soft, moving, W, args, total({}, losses), total)
+            for b in moving:
+                if moments is None:
+                    soft[b] = soft_prefix(W, batch[b].atoms, batch[b].weights)
                 if i in keep:
                     kept[b][i] = soft[b]
-            if moving != active:
-                active, packed = moving, None
+            if list(moving) != active:
+                active, tensors = list(moving), None
             if not active:
                 break
     # A rollout that stopped early is after every later step what it was when it stopped
@@ -296,16 +202,19 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     W = model.get_input_embeddings().weight.detach()
     allowed = allowed_rows(tokenizer, vocab, len(W), args.vertex_rows).to(W.device)
     batch = []
-    for r in rollouts:
+    if args.rho_rule == "surprise" and args.start != "scratch":
+        cuts = controls.surprise_cuts(model, rollouts)
+    else:
+        cuts = [0 if args.start == "scratch" else cut(r["response_ids"], args.rho) for r in rollouts]
+    for r, n in zip(rollouts, cuts):
         template, gold = answer_ids(tokenizer, args.template, r.get("guide_answer", r["answer"]))
-        n = 0 if args.start == "scratch" else cut(r["response_ids"], args.rho)
         batch.append(Failure(r["id"], r["sample"], r["prompt_ids"], r["response_ids"][:n], r["response_ids"][n:], gold))
     # Decode from the soft prefix; with --record-every also after fewer steps, for the curves of Fig. 3
     steps = {args.revision_steps, *(range(0, args.revision_steps, args.record_every) if args.record_every else ())}
     if args.start == "soft":
         prefixes = revise_prefixes(model, batch, template, allowed, args, steps)
     else:
-        prefixes = [dict.fromkeys(steps, soft_prefix(W, f.r, [], [])) for f in batch]  # controls: hard prefix, or none
+        prefixes = [dict.fromkeys(steps, soft_prefix(W, f.atoms, f.weights)) for f in batch]  # controls: hard prefix, or none
     results = [{} for _ in batch]
     eos = common.eos_ids(model, tokenizer)
     questions = [W[torch.tensor(f.q, device=W.device)] for f in batch]  # Embed(q), each (Q, D)
@@ -341,8 +250,9 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         records.append({
             "id": f.id, "sample": f.sample, "answer": r["answer"], "prefix_len": len(f.r),
             "recovered": any(c["reward"] for c in continuations), "losses": f.losses, "gaps": f.gaps, "gammas": f.gammas,
+            "passes": f.passes + (args.rho_rule == "surprise"),
             "kept": same / len(f.r) if f.r else 1.0,  # denominator: prefix tokens
-            "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected, "atoms": [v.tolist() for v in f.atoms],
+            "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected, "atoms": [v.tolist() for v in f.atoms], "weights": f.weights,
             "continuations": continuations, "curve": curve} | {k: r[k] for k in ("guide_answer",) if k in r})
     return records
 
@@ -356,6 +266,45 @@ def allowed_rows(tokenizer, vocab: int, rows: int, which: str) -> Tensor:
     return torch.tensor([i for i in sorted(set(tokenizer.get_vocab().values())) if i < vocab and i not in special])
 
 
+def shelve_prefixes(records: Iterator[dict], out: Path) -> Iterator[dict]:
+    """Move atoms and weights of every record to OUT/prefixes-00000.safetensors, ... and name the file in `prefix_file`.
+
+    Tensors ID/SAMPLE/atoms int32 (K+1, |r|), the first row r itself, and ID/SAMPLE/weights float64 (K+1,). A new file is
+    begun after SHELF_BYTES, so that no more than one is in memory; where a record goes depends on those before it alone.
+    """
+    shelf, size, number = {}, 0, 0
+
+    def close() -> None:
+        name = out / f"prefixes-{number:05d}.safetensors"
+        save_file(shelf, f"{name}.tmp")
+        os.replace(f"{name}.tmp", name)
+
+    for r in records:
+        key = f"{r['id']}/{r['sample']}"
+        shelf[f"{key}/atoms"] = torch.tensor(r["atoms"], dtype=torch.int32)
+        shelf[f"{key}/weights"] = torch.tensor(r["weights"], dtype=torch.float64)
+        size += sum(shelf[f"{key}/{x}"].nbytes for x in ("atoms", "weights"))
+        rest = {k: v for k, v in r.items() if k not in ("atoms", "weights")}
+        yield rest | {"prefix_file": f"prefixes-{number:05d}.safetensors"}
+        if size >= SHELF_BYTES:
+            close()
+            shelf, size, number = {}, 0, number + 1
+    close()
+
+
+def load_prefix(folder: Path, record: dict) -> tuple[Tensor, list[float]]:
+    """Atoms (K+1, R) and weights (K+1) of a record of revised.jsonl in `folder`. Raises UserError if they are not there."""
+    name = str(record.get("prefix_file"))
+    try:
+        if Path(name).name != name:  # a name from a file must not lead out of the folder
+            raise OSError(f"{name!r} is not a file name")
+        with safe_open(folder / name, "pt") as f:
+            atoms, weights = (f.get_tensor(f"{record['id']}/{record['sample']}/{x}") for x in ("atoms", "weights"))
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{folder}: the prefix of {record['id']!r} cannot be read ({e})") from None
+    return atoms, weights.tolist()
+
+
 def trajectories(record: dict) -> list[dict]:
     """The recovered hard trajectories [r^; c^] of a revision record, in the fields of rollouts.jsonl."""
     return [{"id": record["id"], "sample": record["sample"], "continuation": m, "prompt_ids": record["prompt_ids"],
@@ -364,21 +313,11 @@ def trajectories(record: dict) -> list[dict]:
             for m, c in enumerate(record["continuations"]) if c["reward"]]
 
 
-def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
-    """Control: each prompt gets the answer of another prompt, a different one. Raises UserError if all are equal."""
-    if len(set(answers.values())) < 2:
-        raise UserError("--gold permuted needs prompts with at least two different answers")
-    order = sorted(answers, key=lambda i: rollout.row_key(seed, i, "permuted"))
-    cycle = order + order
-    return {i: next(answers[j] for j in cycle[k + 1:] if answers[j] != answers[i]) for k, i in enumerate(order)}
-
-
 @dataclass
 class Entry:
     """Where a failed rollout is in rollouts.jsonl: the file may be larger than memory."""
     sample: int
-    offset: int
-    bytes: int
+    place: tuple[Path, int, int]  # path, offset, bytes
     tokens: int  # of prompt and response
     answer: str
 
@@ -393,17 +332,11 @@ def read_failures(file: Path, rho: float) -> tuple[dict[str, list[Entry]], int]:
         raise UserError(f"--rollouts {file}: holds no rollouts")
     hit = {i for (i, _), (*_, kept) in found.items() if kept[0]}
     failures, skipped = {i: [] for i, _ in found if i not in hit}, 0
-    for (i, sample), (_, offset, size, (_, prefix, tokens, answer)) in sorted(found.items(), key=lambda x: x[0][1]):
+    for (i, sample), (*place, (_, prefix, tokens, answer)) in sorted(found.items(), key=lambda x: x[0][1]):
         if i not in hit:
             skipped += prefix < 1
-            failures[i] += [Entry(sample, offset, size, tokens, answer)] if prefix else []
+            failures[i] += [Entry(sample, tuple(place), tokens, answer)] if prefix else []
     return {i: entries for i, entries in failures.items() if entries}, skipped
-
-
-def read_rollout(file: Path, entry: Entry) -> dict:
-    with open(file, "rb") as f:
-        f.seek(entry.offset)
-        return json.loads(f.read(entry.bytes))
 
 
 def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
@@ -432,15 +365,12 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vertex-rows", default="tokens", choices=["tokens", "text", "all"],
                         help="[ours] vertices: every id of the tokenizer, all but the special ones, or all rows of W")
     parser.add_argument("--continuations", type=int, default=8, help="[Fig. 3] continuations per revised prefix")
-    parser.add_argument("--vertices", default="oracle", choices=["oracle", "random"], help="[ours] control: random")
     parser.add_argument("--from", dest="start", default="soft", choices=["soft", "hard-prefix", "scratch"],
                         help="[ours] controls: continue the unrevised prefix, or sample anew from the prompt")
-    parser.add_argument("--optimizer", default="frank-wolfe", choices=["frank-wolfe", "adam"],
-                        help="[Table 3] adam is the unconstrained ablation; its prefixes are not stored")
-    parser.add_argument("--adam-lr", type=float, default=1e-2, help="[ours] step size of --optimizer adam")
     parser.add_argument("--batch-tokens", type=int, default=16384,
                         help="[ours] padded tokens of the failed rollouts revised together: the memory flag of the revision")
     parser.add_argument("--record-every", type=int, default=0, help="[Fig. 3] also decode after every so many steps")
+    controls.add_control_args(parser)
 
 
 def check_revision_args(args: argparse.Namespace) -> None:
@@ -481,7 +411,7 @@ def main(args: argparse.Namespace) -> None:
     failures = {i: failures[i][:args.attempts or None] for i in list(failures)[:args.limit or None]}
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=digest)
-    guide = permuted_answers({i: e[0].answer for i, e in failures.items()}, args.seed) if args.gold == "permuted" else {}
+    guide = controls.permuted_answers({i: e[0].answer for i, e in failures.items()}, args.seed) if args.gold == "permuted" else {}
 
     # === revise: batches of prompts, each prompt's failed rollouts in turn until one is recovered ===
     final = out / "revised.jsonl"
@@ -499,13 +429,13 @@ def main(args: argparse.Namespace) -> None:
         batches = [[names[k] for k in batch] for batch in common.batches_by_length(longest, args.batch_tokens)]
         mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
         for entry in (e for batch in mine for i in batch for e in failures[i]):  # before any work, not in the middle of it
-            check_rollout(read_rollout(source, entry), model, vocab, args)
+            check_rollout(common.read_at(*entry.place), model, vocab, args)
         bar = tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt", disable=common.rank() > 0)
         found = seen = 0
         for batch in mine:
             records, unsolved = [], batch
             for attempt in range(max(len(failures[i]) for i in batch)):
-                rows = [read_rollout(source, failures[i][attempt]) for i in unsolved if attempt < len(failures[i])]
+                rows = [common.read_at(*failures[i][attempt].place) for i in unsolved if attempt < len(failures[i])]
                 rows = [r | ({"guide_answer": guide[r["id"]]} if guide else {}) for r in rows]
                 records += revise_batch(model, tokenizer, vocab, rows, args, verify) if rows else []
                 solved = {r["id"] for r in records if r["recovered"]}
@@ -516,7 +446,7 @@ def main(args: argparse.Namespace) -> None:
             bar.update(len(batch))
             bar.set_postfix_str(f"recovered {found / seen:.3f}")
         bar.close()
-        common.merge_parts(out, "revised", {i: k for k, i in enumerate(failures)})
+        common.merge_parts(out, "revised", {i: k for k, i in enumerate(failures)}, lambda records: shelve_prefixes(records, out))
     common.remove_parts(out, "revised")
 
     # === recovered trajectories and the summary ===

@@ -31,26 +31,22 @@ def printable(text: str) -> str:
     return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
 
 
-def explain(record: dict, tokenizer, W: torch.Tensor) -> list[dict]:
+def explain(record: dict, atoms: torch.Tensor, weights: list[float], tokenizer, W: torch.Tensor) -> list[dict]:
     """Per position: `token`, `projected`, `moved` = |E_j - W[r_j]| / |W[r_j]|, `toward` = [(token, weight)], heaviest first.
 
-    A weight is the sum over the steps that picked the token; what is left to 1 stays on the position's own token.
+    atoms (m, R) and weights (m) as revise.load_prefix gives them. A token that several steps picked has the sum of their
+    weights; what is left to 1 stays on the position's own token.
     """
-    gammas, r = record["gammas"], record["prefix_ids"]
-    E, start = revise.soft_prefix(W, r, record["atoms"], gammas), W[torch.tensor(r)].float()
-    weights = []  # of each step's atom in the last iterate: gamma_i times what every later step left of it
-    for i, gamma in enumerate(gammas):
-        for later in gammas[i + 1:]:
-            gamma *= 1 - later
-        weights.append(gamma)
+    r = record["prefix_ids"]
+    E, start = revise.soft_prefix(W, atoms, weights), W[torch.tensor(r)].float()
     # denominator: the norm of the position's own embedding; clamped, since a row of zeros exists in some models
     moved = ((E - start).norm(dim=-1) / start.norm(dim=-1).clamp(min=1e-12)).tolist()
     name = lambda i: printable(tokenizer.decode([i]))
-    rows = []
+    rows, columns = [], atoms.T.tolist()
     for j, token in enumerate(r):
         toward = {}
-        for atom, weight in zip(record["atoms"], weights):
-            toward[atom[j]] = toward.get(atom[j], 0.0) + weight
+        for atom, weight in zip(columns[j][1:], weights[1:]):  # the first is the position's own token
+            toward[atom] = toward.get(atom, 0.0) + weight
         rows.append({"token": name(token), "projected": name(record["projected_ids"][j]), "moved": moved[j],
                      "changed": record["projected_ids"][j] != token,
                      "toward": [(name(i), w) for i, w in sorted(toward.items(), key=lambda x: -x[1])]})
@@ -120,9 +116,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "prefix_ids", "atoms", "continuations"))
+    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "prefix_ids", "prefix_file", "continuations"))
                if r["id"] == args.id and args.sample in (None, r["sample"])]
-    if records and records[-1]["losses"] and not records[-1]["atoms"]:
+    if records and records[-1]["losses"] and not records[-1]["gammas"]:
         raise UserError(f"{args.file}: the prefix of {args.id} moved without Frank-Wolfe and is not stored")
     if not records:
         raise UserError(f"{args.file}: no record with --id {args.id}" + (f" --sample {args.sample}" if args.sample is not None else ""))
@@ -131,7 +127,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--model is needed: there is no {run}")
     path = args.model or json.loads(run.read_text())["settings"]["model"]
     model, tokenizer, _ = common.load_model(argparse.Namespace(model=path, dtype="float32"), torch.device("cpu"))
-    rows = explain(records[-1], tokenizer, model.get_input_embeddings().weight.detach())
+    atoms, weights = revise.load_prefix(Path(args.file).parent, records[-1])
+    rows = explain(records[-1], atoms, weights, tokenizer, model.get_input_embeddings().weight.detach())
     if args.html:
         common.write_atomic(args.html, as_html(records[-1], rows))
         print(f"written: {args.html}")

@@ -5,6 +5,8 @@ import pytest
 import torch
 from conftest import ROWS, TOKENS, tiny_model
 
+import controls
+import packed
 import revise
 from common import UserError
 
@@ -46,10 +48,10 @@ def test_eq2_eq3_eq4_eq5_losses_and_gradient_equal_three_literal_passes(family, 
     model, batch = tiny_model(family, tied), failures(sizes)
     W = model.get_input_embeddings().weight.detach()
     weights = (1.0, 0.7, 0.1)
-    soft = [revise.soft_prefix(W, f.r, [torch.tensor(f.r).flip(0)], [0.3]) for f in batch]
-    with revise.frozen(model):
-        packed = revise.pack(batch, template, weights, False, W.device)
-        losses, G = revise.losses_and_gradient(model, packed, torch.cat(soft), head_rows=3)
+    soft = [revise.soft_prefix(W, [f.r, f.r[::-1]], [0.7, 0.3]) for f in batch]
+    with packed.frozen(model):
+        tensors = packed.pack(batch, template, weights, False, W.device)
+        losses, G = packed.losses_and_gradient(model, tensors, torch.cat(soft), head_rows=3)
     assert all(p.grad is None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == "sdpa"
     for f, E, ours, g in zip(batch, soft, losses, G.split([len(f.r) for f in batch])):
@@ -113,14 +115,13 @@ def test_alg1_eq7_trace_equals_the_literal_algorithm(changes):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     for f, ours in zip(batch, prefixes):
         trace = literal_algorithm1(model, f, TEMPLATE_IDS, allowed, args)
-        assert len(trace) == len(f.atoms) == 10
-        assert [v.tolist() for v in f.atoms] == [V for _, V, _, _ in trace]
+        assert len(trace) == len(f.gammas) == 10 and sum(f.weights) == pytest.approx(1)
+        assert [v.tolist() for v in f.atoms] == [f.r] + [V for _, V, _, _ in trace]
         torch.testing.assert_close(torch.tensor(f.losses), torch.tensor([x for x, *_ in trace]), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(f.gaps), torch.tensor([x[3] for x in trace]), rtol=1e-4, atol=1e-4)
         assert min(f.gaps) >= 0
         torch.testing.assert_close(ours[10], trace[-1][2], rtol=1e-5, atol=1e-6)
-        for step, E in ours.items():  # ids and step sizes rebuild every iterate bit for bit
-            assert torch.equal(revise.soft_prefix(W, f.r, [v.tolist() for v in f.atoms[:step]], f.gammas[:step]), E)
+        assert torch.equal(revise.soft_prefix(W, [v.tolist() for v in f.atoms], f.weights), ours[10])  # bit for bit
 
 
 def test_alg1_stops_a_rollout_below_eps_and_goes_on_with_the_others():
@@ -131,11 +132,11 @@ def test_alg1_stops_a_rollout_below_eps_and_goes_on_with_the_others():
     guides = sorted(step[1] for f in alone for step in f.losses)
     args = revision_args(eps_stop=guides[len(guides) // 2])  # some rollouts stop, at different steps
     revise.revise_prefixes(model, batch, TEMPLATE_IDS, torch.arange(TOKENS), args)
-    assert len({len(f.atoms) for f in batch}) > 1
+    assert len({len(f.gammas) for f in batch}) > 1
     for f, full in zip(batch, alone):
         stop = next((i for i, x in enumerate(full.losses) if x[1] < args.eps_stop), 10)
-        assert len(f.atoms) == len(f.gammas) == len(f.gaps) == stop
-        assert [v.tolist() for v in f.atoms] == [v.tolist() for v in full.atoms[:stop]]
+        assert len(f.atoms) - 1 == len(f.gammas) == len(f.gaps) == stop
+        assert [v.tolist() for v in f.atoms] == [v.tolist() for v in full.atoms[:stop + 1]]
 
 
 def test_table3_adam_equals_torch_adam_and_leaves_the_hull():
@@ -149,18 +150,18 @@ def test_table3_adam_equals_torch_adam_and_leaves_the_hull():
         E.grad, = torch.autograd.grad(explore + guide + 0.1 * nll, E)
         adam.step()
         torch.testing.assert_close(trace[step + 1], E.detach(), rtol=1e-4, atol=1e-5)
-    assert f.atoms == []
+    assert f.gammas == [] and f.weights == [1.0]
 
 
 def test_checkpointed_activations_give_the_same_gradient():
     model, batch = tiny_model("qwen3"), failures(SIZES[1])
-    soft = torch.cat([revise.soft_prefix(model.get_input_embeddings().weight.detach(), f.r, [], []) for f in batch])
-    packed = revise.pack(batch, TEMPLATE_IDS, (1.0, 1.0, 0.1), False, soft.device)
+    soft = torch.cat([revise.soft_prefix(model.get_input_embeddings().weight.detach(), f.atoms, f.weights) for f in batch])
+    tensors = packed.pack(batch, TEMPLATE_IDS, (1.0, 1.0, 0.1), False, soft.device)
     results = []
     for checkpoint in (False, True):
-        with revise.frozen(model, checkpoint):
+        with packed.frozen(model, checkpoint):
             assert (model.is_gradient_checkpointing, model.training) == (checkpoint, checkpoint)
-            results.append(revise.losses_and_gradient(model, packed, soft))
+            results.append(packed.losses_and_gradient(model, tensors, soft))
     assert not model.is_gradient_checkpointing and not model.training
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -180,10 +181,10 @@ def test_no_tensor_of_rows_times_vocabulary_exists():
 
     model, batch = tiny_model("qwen2"), failures([(5, 90, 30, 3)])
     W = model.get_input_embeddings().weight.detach()
-    with revise.frozen(model):
-        packed = revise.pack(batch, TEMPLATE_IDS, (1.0, 1.0, 0.1), False, W.device)
+    with packed.frozen(model):
+        tensors = packed.pack(batch, TEMPLATE_IDS, (1.0, 1.0, 0.1), False, W.device)
         with Watch():
-            _, G = revise.losses_and_gradient(model, packed, revise.soft_prefix(W, batch[0].r, [], []), head_rows=8)
+            _, G = packed.losses_and_gradient(model, tensors, revise.soft_prefix(W, [batch[0].r], [1.0]), head_rows=8)
             revise.best_rows(-G, W, torch.arange(TOKENS), chunk=16)
     assert 0 < largest < 90 * TOKENS
 
@@ -197,14 +198,15 @@ def test_rollouts_longer_than_a_sliding_window_are_refused():
         revise.revise_prefixes(model, batch, TEMPLATE_IDS, torch.arange(TOKENS), revision_args(revision_steps=1))
 
 
-def test_eq7_iterates_stay_in_the_hull_with_the_same_weights_at_every_position():
+def test_eq7_weights_multiply_the_steps_out():
     W = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(3))
-    r, atoms = [3, 4, 5], [torch.tensor([7, 8, 9]), torch.tensor([10, 3, 5])]
-    gammas = [0.1, 0.1 * 2 / 3]
-    weights = [(1 - gammas[0]) * (1 - gammas[1]), gammas[0] * (1 - gammas[1]), gammas[1]]
-    assert sum(weights) == pytest.approx(1) and min(weights) >= 0
-    expected = weights[0] * W[r] + weights[1] * W[atoms[0]] + weights[2] * W[atoms[1]]
-    torch.testing.assert_close(revise.soft_prefix(W, r, atoms, gammas), expected)
+    f = revise.Failure("p", 0, [1], [3, 4, 5], [2], [9])
+    E = W[f.r]
+    for v, gamma in (([7, 8, 9], 0.1), ([10, 3, 5], 0.1 * 2 / 3), ([3, 3, 3], 0.05)):
+        f.move(torch.tensor(v), gamma)
+        E = (1 - gamma) * E + gamma * W[v]
+    assert sum(f.weights) == pytest.approx(1) and min(f.weights) >= 0
+    torch.testing.assert_close(revise.soft_prefix(W, f.atoms, f.weights), E)
 
 
 @pytest.mark.parametrize("n,rho,expected", [(10, 0.8, 8), (9, 0.8, 7), (1, 0.8, 0), (5, 0.2, 1), (4, 0.2, 0), (2, 0.5, 1)])
@@ -214,6 +216,6 @@ def test_sec3_cut_is_the_floor_of_rho_times_tokens(n, rho, expected):
 
 def test_permuted_answers_are_always_anothers():
     answers = {f"p{i}": str(i % 3) for i in range(20)}
-    permuted = revise.permuted_answers(answers, seed=0)
+    permuted = controls.permuted_answers(answers, seed=0)
     assert permuted.keys() == answers.keys() and all(permuted[i] != answers[i] for i in answers)
-    assert permuted == revise.permuted_answers(dict(reversed(answers.items())), seed=0)
+    assert permuted == controls.permuted_answers(dict(reversed(answers.items())), seed=0)

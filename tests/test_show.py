@@ -14,15 +14,25 @@ def record(**changes):
     g = torch.Generator().manual_seed(0)
     ids = lambda: torch.randint(2, TOKENS, (6,), generator=g).tolist()
     r = ids()
-    return {"id": "p", "sample": 0, "answer": "5", "recovered": True, "kept": 0.5, "prefix_ids": r, "projected_ids": ids(),
-            "atoms": [ids(), r[:3] + ids()[3:], ids()], "gammas": [0.1, 0.2, 0.3], "gaps": [3.0, 2.0, 1.0],
+    return {"id": "p", "sample": 0, "answer": "5", "recovered": True, "kept": 0.5, "prefix_ids": r, "projected_ids": ids(), "passes": 4,
+            "atoms": [r, ids(), r[:3] + ids()[3:], ids()], "weights": [0.9 * 0.8 * 0.7, 0.1 * 0.8 * 0.7, 0.2 * 0.7, 0.3], "gammas": [0.1, 0.2, 0.3], "gaps": [3.0, 2.0, 1.0],
             "losses": [[-1.0, 2.0, 3.0]] * 4, "continuations": [{"reward": 1, "response": "\\boxed{5}"}]} | changes
+
+
+def explain(r, W):
+    return show.explain(r, torch.tensor(r["atoms"]), r["weights"], tiny_tokenizer(), W)
+
+
+def write(folder, *records):
+    """As revise.py leaves them."""
+    lines = map(common.to_line, revise.shelve_prefixes(iter(records), folder))
+    (folder / "revised.jsonl").write_text("".join(lines))
 
 
 def test_eq7_weights_and_distances_are_those_of_the_rebuilt_prefix():
     W, r = tiny_model("qwen2").get_input_embeddings().weight.detach(), record()
-    rows = show.explain(r, tiny_tokenizer(), W)
-    E = revise.soft_prefix(W, r["prefix_ids"], r["atoms"], r["gammas"])
+    rows = explain(r, W)
+    E = revise.soft_prefix(W, r["atoms"], r["weights"])
     left = 0.9 * 0.8 * 0.7  # weight that stays on the original token
     for j, row in enumerate(rows):
         assert sum(w for _, w in row["toward"]) == pytest.approx(1 - left)
@@ -39,14 +49,14 @@ def test_a_step_that_was_not_taken_has_no_gamma():
 def test_hostile_text_is_escaped():
     hostile = "<script>alert(1)</script>\x1b[2J\x00"
     r = record(answer=hostile, continuations=[{"reward": 0, "response": hostile}])
-    rows = show.explain(r, tiny_tokenizer(), tiny_model("qwen2").get_input_embeddings().weight.detach())
+    rows = explain(r, tiny_model("qwen2").get_input_embeddings().weight.detach())
     page, text = show.as_html(r, rows), show.as_text(r, rows)
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "\x1b" not in page + text and "\x00" not in page + text
 
 
 def test_show_reads_the_model_from_run_json(tmp_path, model_dir, capsys):
-    (tmp_path / "revised.jsonl").write_text(common.to_line(record()) + common.to_line(record(sample=1, recovered=False)))
+    write(tmp_path, record(), record(sample=1, recovered=False))
     with pytest.raises(common.UserError, match="--model"):
         show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "p"]))
     args = argparse.Namespace(model=str(model_dir), out=str(tmp_path))
@@ -57,3 +67,17 @@ def test_show_reads_the_model_from_run_json(tmp_path, model_dir, capsys):
     assert "rollout 0" in (tmp_path / "p.html").read_text()
     with pytest.raises(common.UserError, match="--id q"):
         show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "q"]))
+
+
+def test_prefixes_are_shelved_in_files_of_bounded_size_and_read_back_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(revise, "SHELF_BYTES", 300)  # a record has 4 x 6 ids and 4 weights: 128 bytes
+    records = [record(id=f"../{i}", sample=i) for i in range(8)]  # an id is a key, never a path
+    write(tmp_path, *records)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"prefixes-0000{i}.safetensors" for i in range(3)), "revised.jsonl"]
+    for before, r in zip(records, common.read_jsonl(tmp_path / "revised.jsonl")):
+        assert "atoms" not in r and "weights" not in r
+        atoms, weights = revise.load_prefix(tmp_path, r)
+        assert (atoms.tolist(), weights) == (before["atoms"], before["weights"])
+    for name in ("../x.safetensors", "gone.safetensors", "revised.jsonl"):
+        with pytest.raises(common.UserError, match="cannot be read"):
+            revise.load_prefix(tmp_path, r | {"prefix_file": name})

@@ -18,6 +18,13 @@ M = 2  # continuations: few, so that some failed rollouts are tried in vain
 QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
 
 
+def revised(out):
+    """The records of revised.jsonl, with the atoms and weights of their prefixes."""
+    records = read(out / "revised.jsonl")
+    stored = [revise.load_prefix(out, r) for r in records]
+    return [r | {"atoms": atoms.tolist(), "weights": weights} for r, (atoms, weights) in zip(records, stored)]
+
+
 def save(model, path):
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
@@ -52,7 +59,7 @@ def default(world):
     """The plain method: output folder, revised.jsonl, recovered.jsonl."""
     out = world.path / "default"
     world.revise(out)
-    return out, read(out / "revised.jsonl"), read(out / "recovered.jsonl")
+    return out, revised(out), read(out / "recovered.jsonl")
 
 
 def literal_verify(text):
@@ -83,9 +90,10 @@ def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(
         ids = of[record["id"], record["sample"]]["response_ids"]
         n = math.floor(0.8 * len(ids))
         assert record["prefix_len"] == n and record["prefix_ids"] == ids[:n]
-        assert len(record["losses"]) == len(record["gaps"]) == len(record["gammas"]) == len(record["atoms"]) == 10
+        assert len(record["losses"]) == len(record["gaps"]) == len(record["gammas"]) == record["passes"] == 10
+        assert record["atoms"][0] == record["prefix_ids"] and len(record["atoms"]) == len(record["weights"]) == 11
         assert record["gammas"] == [0.1 * 2 / (i + 1) for i in range(1, 11)] and min(record["gaps"]) >= 0
-        E = revise.soft_prefix(W, record["prefix_ids"], record["atoms"], record["gammas"])
+        E = revise.soft_prefix(W, record["atoms"], record["weights"])
         assert record["projected_ids"] == [int((W[:TOKENS] @ e).argmax()) for e in E]  # Eq. (8), brute force
         assert record["kept"] == sum(map(int.__eq__, record["prefix_ids"], record["projected_ids"])) / n
         keys = [rollout.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
@@ -105,7 +113,7 @@ def test_sec35_a_trajectory_counts_only_if_it_is_right_after_its_projection_too(
     """Here the whole text decides, so that changed prefix tokens can make a right continuation wrong."""
     whole = write_verifier(tmp_path / "v.py", "def verify(response, gold):\n    return sum(map(ord, response)) % 2 == 0\n")
     world.revise(tmp_path / "o", "--verifier", whole, "--gamma0", 0.5, "--continuations", 8, "--attempts", 1)
-    found = [c for r in read(tmp_path / "o" / "revised.jsonl") for c in r["continuations"]]
+    found = [c for r in revised(tmp_path / "o") for c in r["continuations"]]
     assert all(c["reward"] == int(c["soft_reward"] and sum(map(ord, c["response"])) % 2 == 0) for c in found)
     assert {(c["soft_reward"], c["reward"]) for c in found} == {(0, 0), (1, 0), (1, 1)}
     assert len(read(tmp_path / "o" / "recovered.jsonl")) == sum(c["reward"] for c in found)
@@ -151,7 +159,7 @@ def assert_close(a, b, path="", floats=("losses", "gaps")):
 @pytest.mark.parametrize("tokens", [1, 480])
 def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens):
     world.revise(tmp_path / "o", "--batch-tokens", tokens)
-    assert_close(read(tmp_path / "o" / "revised.jsonl"), default[1])
+    assert_close(revised(tmp_path / "o"), default[1])
     assert (tmp_path / "o" / "recovered.jsonl").read_bytes() == (default[0] / "recovered.jsonl").read_bytes()
 
 
@@ -176,7 +184,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, world, default, kill
 
 
 def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, default):
-    lines = (default[0] / "revised.jsonl").read_bytes().splitlines(keepends=True)
+    lines = [common.to_line({k: v for k, v in r.items() if k != "prefix_file"}).encode() for r in default[1]]
     out = tmp_path / "o"
     out.mkdir()
     (out / "run.json").write_bytes((default[0] / "run.json").read_bytes())
@@ -188,9 +196,9 @@ def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, defa
 # --- controls ---------------------------------------------------------------------------------------------------------
 def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
     world.revise(tmp_path / "o", "--from", "hard-prefix", "--attempts", 1)
-    model, records = tiny_model("qwen2"), read(tmp_path / "o" / "revised.jsonl")
+    model, records = tiny_model("qwen2"), revised(tmp_path / "o")
     for r in records:
-        assert r["atoms"] == r["losses"] == [] and r["projected_ids"] == r["prefix_ids"] and r["kept"] == 1
+        assert r["atoms"] == [r["prefix_ids"]] and r["losses"] == [] and r["projected_ids"] == r["prefix_ids"] and r["kept"] == 1
         keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
         context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
         samples = rollout.sample(model, [context], [keys], [14 - r["prefix_len"]], eos=[1], vocab=TOKENS)[0]
@@ -199,27 +207,27 @@ def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
 
 def test_control_scratch_samples_anew_from_the_prompt(tmp_path, world):
     world.revise(tmp_path / "o", "--from", "scratch", "--attempts", 1)
-    records = read(tmp_path / "o" / "revised.jsonl")
+    records = revised(tmp_path / "o")
     assert len(records) == len({r["id"] for r in world.failed})
     first = {(r["id"], r["sample"]): r["response_ids"] for r in world.rows}
     for r in records:
-        assert r["prefix_len"] == 0 and r["prefix_ids"] == r["projected_ids"] == r["atoms"] == []
+        assert r["prefix_len"] == 0 and r["prefix_ids"] == r["projected_ids"] == [] and r["atoms"] == [[]]
         assert all(c["ids"] != first[r["id"], r["sample"]] for c in r["continuations"])  # other random numbers
 
 
 def test_control_random_vertices_take_the_same_steps_in_other_directions(tmp_path, world, default):
     world.revise(tmp_path / "o", "--vertices", "random", "--attempts", 1)
     theirs = {(r["id"], r["sample"]): r for r in default[1]}
-    for r in read(tmp_path / "o" / "revised.jsonl"):
+    for r in revised(tmp_path / "o"):
         other = theirs[r["id"], r["sample"]]
         assert r["gammas"] == other["gammas"] and r["losses"][0] == pytest.approx(other["losses"][0], rel=1e-4)
-        assert all(a != b for a, b in zip(r["atoms"], other["atoms"]))
-        assert len({tuple(a) for a in r["atoms"]}) == 10 and max(map(max, r["atoms"])) < TOKENS
+        assert all(a != b for a, b in zip(r["atoms"][1:], other["atoms"][1:]))
+        assert len({tuple(a) for a in r["atoms"][1:]}) == 10 and max(map(max, r["atoms"])) < TOKENS
 
 
 def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(tmp_path, world, default):
     world.revise(tmp_path / "o", "--gold", "permuted", "--attempts", 1)
-    records, theirs = read(tmp_path / "o" / "revised.jsonl"), {(r["id"], r["sample"]): r for r in default[1]}
+    records, theirs = revised(tmp_path / "o"), {(r["id"], r["sample"]): r for r in default[1]}
     golds = {r["id"]: r["answer"] for r in world.rows}
     for r in records:
         other = theirs[r["id"], r["sample"]]
@@ -232,7 +240,7 @@ def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(tmp_path, wor
 
 def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
     world.revise(tmp_path / "o", "--record-every", 2)
-    records = read(tmp_path / "o" / "revised.jsonl")
+    records = revised(tmp_path / "o")
     assert [{**r, "curve": r["curve"]["10"]} for r in records] == [{**r, "curve": r["curve"]["10"]} for r in default[1]]
     for r in records:
         assert list(r["curve"]) == ["0", "2", "4", "6", "8", "10"]
@@ -243,7 +251,7 @@ def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
 def test_mean_reduction_weighs_the_terms_by_their_lengths(tmp_path, world, default):
     world.revise(tmp_path / "o", "--reduction", "mean", "--attempts", 1)
     theirs = {(r["id"], r["sample"]): r for r in default[1]}
-    records = read(tmp_path / "o" / "revised.jsonl")
+    records = revised(tmp_path / "o")
     for r in records:  # what is reported stays the sum
         assert r["losses"][0] == pytest.approx(theirs[r["id"], r["sample"]]["losses"][0], rel=1e-4)
     assert any(r["atoms"] != theirs[r["id"], r["sample"]]["atoms"] for r in records)
@@ -253,9 +261,9 @@ def test_mean_reduction_weighs_the_terms_by_their_lengths(tmp_path, world, defau
 def test_eq8_other_projections_equal_brute_force(tmp_path, world, metric):
     world.revise(tmp_path / "o", "--projection", metric, "--attempts", 1, "--gamma0", 0.5)
     W = tiny_model("qwen2").get_input_embeddings().weight.detach()[:TOKENS]
-    records = read(tmp_path / "o" / "revised.jsonl")
+    records = revised(tmp_path / "o")
     for r in records:
-        E = revise.soft_prefix(W, r["prefix_ids"], r["atoms"], r["gammas"])
+        E = revise.soft_prefix(W, r["atoms"], r["weights"])
         cosine = torch.nn.functional.cosine_similarity(E[:, None], W[None], dim=-1)
         score = cosine if metric == "cosine" else -torch.cdist(E, W)
         assert r["projected_ids"] == score.argmax(-1).tolist()
@@ -266,8 +274,8 @@ def test_vertex_rows_text_leaves_out_special_tokens(tmp_path, world):
     world.revise(tmp_path / "o", "--vertex-rows", "text", "--attempts", 1)
     special = set(tiny_tokenizer().all_special_ids)
     assert special == {0, 1}
-    for r in read(tmp_path / "o" / "revised.jsonl"):
-        assert not special & {v for atom in r["atoms"] for v in atom} and not special & set(r["projected_ids"])
+    for r in revised(tmp_path / "o"):
+        assert not special & {v for atom in r["atoms"][1:] for v in atom} and not special & set(r["projected_ids"])
 
 
 def test_prompts_without_a_failure_leave_empty_files(tmp_path, model_dir):
@@ -300,8 +308,8 @@ def test_an_untied_qwen3_goes_through_every_stage(tmp_path, untied):
     """Vertices are rows of the input embedding, not of the head."""
     untied.revise(tmp_path / "o")
     W = tiny_model("qwen3", tied=False, seed=4).get_input_embeddings().weight.detach()[:TOKENS]
-    for r in read(tmp_path / "o" / "revised.jsonl"):
-        E = revise.soft_prefix(W, r["prefix_ids"], r["atoms"], r["gammas"])
+    for r in revised(tmp_path / "o"):
+        E = revise.soft_prefix(W, r["atoms"], r["weights"])
         assert r["projected_ids"] == (E @ W.T).argmax(-1).tolist()
     recovered = tmp_path / "o" / "recovered.jsonl"
     assert recovered.read_text()
