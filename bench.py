@@ -1,6 +1,7 @@
 """Speed and memory, each measured against a reference in the same run: one JSON line per measure.
 
-    python bench.py revise            one Frank-Wolfe step against Algorithm 1 written literally (CPU; --device cuda)
+    python bench.py revise            one Frank-Wolfe step against Algorithm 1 written literally
+    python bench.py revise --device cuda    the same in the shape of Qwen2.5-1.5B, and by batch size and length
 
 Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`;
 `ratio_to_frozen` is the same for a reference whose parameters ask for no gradient. Timings are
@@ -22,13 +23,25 @@ import revise
 SHAPES = {"short": (150, 800, 200, 20), "long": (150, 3200, 800, 20)}  # tokens: q, r, c, template and gold together
 
 
-def small_qwen2(args: argparse.Namespace, device: torch.device):
-    """Random weights in the proportions of Qwen2.5-1.5B: the head holds about 15 % of the multiplications."""
+def random_qwen2(args: argparse.Namespace, device: torch.device):
+    """Random weights. On a CPU a small model in which the head holds about 15 % of the multiplications, as it does in
+    Qwen2.5-1.5B; on a GPU the shape of Qwen2.5-1.5B itself."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=6144, hidden_size=256, intermediate_size=1472, num_hidden_layers=6, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True)
+    shape = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1472, "num_hidden_layers": 6, "num_attention_heads": 4}
+    if device.type == "cuda":
+        shape = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                 "num_attention_heads": 12}
+    config = Qwen2Config(**shape, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def random_failure(shape: tuple[int, int, int, int], vocab: int, seed: int = 1) -> tuple[revise.Failure, list[int]]:
+    """A failed rollout of so many tokens (q, r, c, template and gold together, 4 of them gold), and the template."""
+    q, r, c, a = shape
+    ids = torch.randint(0, vocab, (q + r + c + a,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-4:]), ids[-a:-4]
 
 
 def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
@@ -64,10 +77,17 @@ def literal_frozen_step(model, *step) -> tuple:
 
 
 def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
-    with packed.frozen(model):
-        tensors = packed.pack([f], template, weights, False, W.device)
+    losses, G, v = packed_steps(model, [f], template, W, E, weights)
+    return losses[0], G, v
+
+
+def packed_steps(model, batch: list[revise.Failure], template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple,
+                 checkpoint: bool = False) -> tuple:
+    """One Frank-Wolfe step of several rollouts as revise.py does it."""
+    with packed.frozen(model, checkpoint):
+        tensors = packed.pack(batch, template, weights, False, W.device)
         losses, G = packed.losses_and_gradient(model, tensors, E)
-    return losses[0], G, revise.oracle(G, W, torch.arange(len(W), device=W.device))
+    return losses, G, revise.oracle(G, W, torch.arange(len(W), device=W.device))
 
 
 def timed(function, *args) -> float:
@@ -112,24 +132,41 @@ def report(measure: str, ours: float, reference: float, unit: str, **facts) -> N
 
 def bench_revise(args: argparse.Namespace) -> None:
     device = common.pick_device(args)
-    model = small_qwen2(args, device)
+    model = random_qwen2(args, device)
     W = model.get_input_embeddings().weight.detach()
     weights = (1.0, 1.0, 0.1)
-    for name, (q, r, c, a) in SHAPES.items():
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(0, len(W), (q + r + c + a,), generator=generator).tolist()
-        f = revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-4:])
-        step = (model, f, ids[-a:-4], W, revise.soft_prefix(W, f.atoms, f.weights), weights)
+    for name, shape in SHAPES.items():
+        f, template = random_failure(shape, len(W))
+        step = (model, f, template, W, revise.soft_prefix(W, f.atoms, f.weights), weights)
         (ours, G, v), (theirs, G_literal, v_literal) = packed_step(*step), literal_step(*step)
         agreement = {"gradient_relative_error": float((G - G_literal).norm() / G_literal.norm()),
                      "vertices_equal": float((v == v_literal).float().mean()),
                      "losses_relative_error": float(((ours - theirs) / theirs).abs().max())}
         runs = [[timed(s, *step) for s in (packed_step, literal_step, literal_frozen_step)] for _ in range(args.runs)]
         fast, slow, frozen = (statistics.median(x) for x in zip(*runs))
-        report(f"revise_step_{name}", fast, slow, "seconds", shape=[q, r, c, a], threads=torch.get_num_threads(),
+        report(f"revise_step_{name}", fast, slow, "seconds", shape=shape, threads=torch.get_num_threads(),
                ratio_to_frozen=round(frozen / fast, 3), **agreement)
         ours, theirs, frozen = (saved_bytes(model, s, *step) for s in (packed_step, literal_step, literal_frozen_step))
-        report(f"revise_saved_bytes_{name}", ours, theirs, "bytes", shape=[q, r, c, a], ratio_to_frozen=round(frozen / ours, 3))
+        report(f"revise_saved_bytes_{name}", ours, theirs, "bytes", shape=shape, ratio_to_frozen=round(frozen / ours, 3))
+    if device.type == "cuda":
+        bench_revise_cuda(model, W, weights, args)
+
+
+def bench_revise_cuda(model, W: torch.Tensor, weights: tuple, args: argparse.Namespace) -> None:
+    """Seconds per rollout-step and peak memory by batch size and length. Reference: the floor of operations at 790 TFLOP/s
+    (7.5 + 0.37 TFLOP for the short shape), a computed figure."""
+    floor = 9.9e-3
+    for name, shape, batch, checkpoint in [*(("1k", SHAPES["short"], n, False) for n in (1, 2, 4, 8, 16)),
+                                           ("8k", (150, 6400, 1600, 20), 1, False), ("8k", (150, 6400, 1600, 20), 1, True)]:
+        failures = [random_failure(shape, len(W), seed)[0] for seed in range(batch)]
+        E = torch.cat([revise.soft_prefix(W, f.atoms, f.weights) for f in failures])
+        step = (model, failures, random_failure(shape, len(W))[1], W, E, weights, checkpoint)
+        packed_steps(*step)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = statistics.median(timed(packed_steps, *step) for _ in range(args.runs)) / batch  # denominator: rollouts
+        print(json.dumps({"measure": f"revise_step_{name}_batch{batch}" + "_checkpointed" * checkpoint, "ours": seconds,
+                          "unit": "seconds per rollout-step", "peak_bytes": torch.cuda.max_memory_allocated(),
+                          **({"floor": floor, "share_of_floor": round(floor / seconds, 3)} if name == "1k" else {})}), flush=True)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

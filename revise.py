@@ -381,6 +381,8 @@ def check_revision_args(args: argparse.Namespace) -> None:
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
+    if args.optimizer == "adam" and (args.direction, args.step_rule) != ("frank-wolfe", "diminishing"):
+        raise UserError("--optimizer adam has no --direction and no --step-rule: those are of Frank-Wolfe")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
