@@ -20,6 +20,7 @@ floor(rho * tokens) with end-of-sequence counted in c; only ids that the tokeniz
 continuations per prefix; all failed rollouts of a prompt are tried in turn until one is recovered.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -257,6 +258,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     return records
 
 
+@functools.lru_cache(maxsize=2)
 def allowed_rows(tokenizer, vocab: int, rows: int, which: str) -> Tensor:
     """Ids of the rows of W that may be vertices and projections: the tokenizer's, those without special tokens, or all
     `rows` (some of which no tokenizer can decode)."""

@@ -6,7 +6,7 @@
 For every position of the prefix: its token, how far its embedding moved (in units of its own norm), the token that the
 projection gives, and the tokens it moved toward with their weights (Eq. 7 makes each iterate a convex combination of
 tokens). For every step: the step size, the Frank-Wolfe gap and the three losses before it. The prefix is rebuilt from the
-atoms and step sizes that revise.py stored, so nothing is recomputed but the embeddings' look-up.
+tokens and weights that revise.py stored, in the dtype that it ran in: nothing is recomputed but the embeddings' look-up.
 """
 import argparse
 import html
@@ -125,8 +125,9 @@ def main(args: argparse.Namespace) -> None:
     run = Path(args.file).parent / "run.json"
     if args.model is None and not run.exists():
         raise UserError(f"--model is needed: there is no {run}")
-    path = args.model or json.loads(run.read_text())["settings"]["model"]
-    model, tokenizer, _ = common.load_model(argparse.Namespace(model=path, dtype="float32"), torch.device("cpu"))
+    settings = json.loads(run.read_text())["settings"] if run.exists() else {}
+    model, tokenizer, _ = common.load_model(argparse.Namespace(
+        model=args.model or settings["model"], dtype=settings.get("dtype", "float32")), torch.device("cpu"))
     atoms, weights = revise.load_prefix(Path(args.file).parent, records[-1])
     rows = explain(records[-1], atoms, weights, tokenizer, model.get_input_embeddings().weight.detach())
     if args.html:
