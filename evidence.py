@@ -10,10 +10,15 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
+
 import common
 import demo
+import revise
+import rollout
 import toy
 from demo import CONTINUATIONS, LENGTH, PROBLEMS, share
+from verifier import verify
 
 # name -> flags of revise.py. The first is the paper's method at its defaults; all others differ from it by their flags alone
 RECOVERY = {
@@ -124,6 +129,94 @@ def recovery(out: Path, models: dict[int, str], limit: int) -> str:
     return "\n".join(tables)
 
 
+# --- soundness and the hull, from the recovered trajectories of the plain method ----------------------------------------------
+@torch.no_grad()
+def trace_logprobs(model, contexts: list[torch.Tensor], ids: list[list[int]]) -> list[float]:
+    """Mean log-probability of a token of ids after its context, (T, D) input embeddings each; one pass for every pair."""
+    W, values = model.get_input_embeddings().weight, []
+    for x, c in zip(contexts, ids):
+        logits = model(inputs_embeds=torch.cat([x, W[torch.tensor(c)]])[None], use_cache=False).logits[0, len(x) - 1:-1]
+        values.append(float(logits.log_softmax(-1).gather(1, torch.tensor(c)[:, None]).mean()))  # denominator: tokens of c
+    return values
+
+
+def examine(model, tokenizer, folder: Path, permuted: dict[str, dict], problems: dict[str, str]) -> tuple[list[dict], list[dict]]:
+    """Facts of every recovered trajectory, and of every revised prefix, of one run of revise.py.
+
+    A trajectory: `sound`; `again`, how many of 16 continuations of its hard prefix reach the gold answer; `soft` and `hard`,
+    the mean log-probability of its continuation after the soft and the hard prefix; `leaks`, whether the same prompt
+    reached a wrong answer when it was steered toward that. A prefix: `distance` to the nearest token and `moved`, both as
+    shares of the norm of its own token's embedding; `kept` by each projection; `gaps`; `recovered`.
+    """
+    W = model.get_input_embeddings().weight.detach()
+    allowed = torch.arange(len(tokenizer))
+    eos = common.eos_ids(model, tokenizer)
+    trajectories, prefixes = [], []
+    for r in demo.first_attempts(common.read_jsonl(folder / "revised.jsonl")):
+        E, start = revise.soft_prefix(W, *revise.load_prefix(folder, r)), W[torch.tensor(r["prefix_ids"])]
+        norms = start.norm(dim=-1)  # denominator of both distances
+        ids = {m: revise.best_rows(E, W, allowed, m) for m in ("inner", "cosine", "l2")}
+        prefixes.append({"distance": float(((E - W[ids["l2"]]).norm(dim=-1) / norms).mean()),
+                         "moved": float(((E - start).norm(dim=-1) / norms).mean()), "gaps": r["gaps"], "recovered": r["recovered"],
+                         "kept": {m: float((i == torch.tensor(r["prefix_ids"])).float().mean()) for m, i in ids.items()}})
+        right = [c for c in r["continuations"] if c["reward"]]
+        if not right:
+            continue
+        q, hard = W[torch.tensor(r["prompt_ids"])], torch.cat([W[torch.tensor(x)] for x in (r["prompt_ids"], r["projected_ids"])])
+        keys = [rollout.row_key("again", r["id"], m) for m in range(16)]
+        fresh = rollout.sample(model, [hard], [keys], [160 - len(r["prefix_ids"])], eos=eos, vocab=len(tokenizer))[0]
+        again = sum(verify(tokenizer.decode(r["projected_ids"] + s.ids, skip_special_tokens=True), r["answer"]) for s in fresh)
+        conts = [c["ids"] for c in right]
+        soft = trace_logprobs(model, [torch.cat([q, E])] * len(right), conts)
+        trajectories += [{"sound": toy.is_sound(problems[r["id"]], c["response"]), "again": again, "soft": a, "hard": b,
+                          "leaks": any(x["guide_reward"] for x in permuted[r["id"]]["continuations"]), "id": r["id"]}
+                         for c, a, b in zip(right, soft, trace_logprobs(model, [hard] * len(right), conts))]
+    return trajectories, prefixes
+
+
+FILTERS = {"all recovered": lambda t: True,
+           "answer reached again from the hard prefix, 1 of 16": lambda t: t["again"] >= 1,
+           "the same, 4 of 16": lambda t: t["again"] >= 4,
+           "prompt does not reach a wrong answer when steered toward it": lambda t: not t["leaks"],
+           "continuation likely after the hard prefix (> -0.5 nat a token)": lambda t: t["hard"] > -0.5,
+           "the last and the first": lambda t: t["hard"] > -0.5 and t["again"] >= 1}
+
+
+def soundness(out: Path, models: dict[int, str]) -> str:
+    """Tables of the filters and of the hull, over all base models."""
+    trajectories, prefixes = [], []
+    for seed, path in models.items():
+        base = out / f"base{seed}"
+        model, tokenizer, _ = common.load_model(argparse.Namespace(model=path, dtype="float32"), torch.device("cpu"))
+        problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
+        permuted = {r["id"]: r for r in common.read_jsonl(base / "permuted-gold" / "revised.jsonl")}
+        ts, ps = examine(model, tokenizer, base / "latentrevise", permuted, problems)
+        trajectories += [t | {"seed": seed} for t in ts]
+        prefixes += ps
+    lines = ["| filter | kept of the recovered | of them sound | sound prompts kept |", "|---" * 4 + "|"]
+    prompts = lambda ts: {(t["seed"], t["id"]) for t in ts}
+    of_sound = prompts(t for t in trajectories if t["sound"])
+    for name, passes in FILTERS.items():
+        kept = [t for t in trajectories if passes(t)]
+        sound = [t for t in kept if t["sound"]]
+        lines.append(f"| {name} | {share(len(kept), len(trajectories))} | {share(len(sound), len(kept)) if kept else '-'} | "
+                     f"{len(prompts(sound))} of {len(of_sound)} |")
+    mean = lambda values: sum(values) / max(len(values), 1)  # denominator: the values
+    hull = ["| | recovered | not recovered |", "|---" * 3 + "|"]
+    groups = [[p for p in prefixes if p["recovered"] == r] for r in (True, False)]
+    rows = {"prefixes": [f"{len(g)}" for g in groups],
+            "moved, share of the token's norm": [f"{mean([p['moved'] for p in g]):.3f}" for g in groups],
+            "distance to the nearest token, the same": [f"{mean([p['distance'] for p in g]):.3f}" for g in groups],
+            **{f"tokens kept by {m}": [f"{100 * mean([p['kept'][m] for p in g]):.1f} %" for g in groups] for m in ("inner", "cosine", "l2")},
+            "Frank-Wolfe gap before the first step": [f"{mean([p['gaps'][0] for p in g]):.1f}" for g in groups],
+            "Frank-Wolfe gap before the last step": [f"{mean([p['gaps'][-1] for p in g]):.1f}" for g in groups]}
+    hull += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    likely = [(t["soft"], t["hard"]) for t in trajectories]
+    hull.append(f"\nMean log-probability of a token of a recovered continuation: {mean([s for s, _ in likely]):.3f} after the soft prefix, "
+                f"{mean([h for _, h in likely]):.3f} after its projection ({len(likely)} continuations).")
+    return "### Filters without a reasoning trace\n\n" + "\n".join(lines) + "\n\n### The hull\n\n" + "\n".join(hull) + "\n"
+
+
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="[ours] one base model and 24 prompts: to see that it runs")
@@ -140,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
         missing = [s for s in (1, 2) if not (out / f"model{s}" / "run.json").exists()]
         demo.run(out, *[f"toy.py train --out {out}/model{s} --seed {s}" for s in missing])
         models |= {s: str(out / f"model{s}") for s in (1, 2)}
-    text = recovery(out, models, 24 if args.quick else 300)
+    text = recovery(out, models, 24 if args.quick else 300) + "\n" + soundness(out, models)
     common.write_atomic(out / "recovery.md", text)
     print(text)
     print(f"[{time.time() - begun:.0f} s] {out}/recovery.md")
