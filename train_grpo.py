@@ -147,10 +147,10 @@ def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespa
     tokens = training.total(sum(len(r["response_ids"]) for r in rows))  # all ranks, before the first forward
     if tokens == 0:
         return {}
-    plan = training.micro_batches(rows, args.micro_batch_tokens)
+    plan = training.plan(rows, args.micro_batch_tokens)
     device = model.device
     old, refs = {}, {}
-    with torch.no_grad(), training.autocast(args, device):
+    with torch.no_grad():
         for k, indices in enumerate(plan):
             if args.updates > 1:  # with one update the old log-probabilities are the new ones, detached
                 old[k] = training.response_logprobs(model, [rows[i] for i in indices])[0]
@@ -161,8 +161,7 @@ def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespa
         for k, indices in enumerate(plan):
             batch = [rows[i] for i in indices]
             with common.checkpointed(model, args.checkpoint_activations):
-                with training.autocast(args, device):
-                    logp, entropy, owner = training.response_logprobs(model, batch)
+                logp, entropy, owner = training.response_logprobs(model, batch)
                 advantage = torch.tensor([r["advantage"] for r in batch], device=device)[owner]
                 loss, kl, clipped = policy_loss(logp, old.get(k, logp.detach()), refs.get(k), advantage, args.clip_low,
                                                 args.clip_high, args.kl_coef)
@@ -224,11 +223,10 @@ def main(args: argparse.Namespace) -> None:
         print(f"{out / 'model'} is trained already")
         return
     verify = common.load_verifier(args.verifier)
-    model, tokenizer, vocab = common.load_model(args, device, train=True)
+    model, tokenizer, vocab = training.load_model(args, device, train=True)
     rollout.add_prompts(problems, model, tokenizer, args)
-    reference = common.load_model(args, device)[0] if args.kl_coef else None  # the initial model, also after a restart
-    # Sampling and revision in bfloat16 need a copy of the float32 master weights
-    actor = common.load_model(args, device)[0] if args.dtype == "bfloat16" else model
+    reference = training.load_model(args, device)[0] if args.kl_coef else None  # the initial model, also after a restart
+    actor = training.load_actor(model, args, device)
     optimizer = training.make_optimizer(model, args)
     state = {"cursor": 0} | training.load_checkpoint(out, model, optimizer)
 
@@ -236,10 +234,7 @@ def main(args: argparse.Namespace) -> None:
                total=args.steps, disable=common.rank() > 0)
     for step in bar:
         # === sample, verify, revise ===
-        if actor is not model:
-            with torch.no_grad():
-                for ours, master in zip(actor.parameters(), model.parameters()):
-                    ours.copy_(master)
+        training.refresh(actor, model)
         groups, state["cursor"], counts = collect(actor, tokenizer, vocab, problems, step, state["cursor"], args, verify)
 
         # === advantages ===

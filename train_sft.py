@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     if training.trained(out):
         print(f"{out / 'model'} is trained already")
         return
-    model, tokenizer, _ = common.load_model(args, device, train=True)
+    model, tokenizer, _ = training.load_model(args, device, train=True)
     rows = read_rows(args.data, model, tokenizer, args)
     optimizer = training.make_optimizer(model, args)
     first = training.load_checkpoint(out, model, optimizer)["step"]
@@ -85,10 +85,9 @@ def main(args: argparse.Namespace) -> None:
         tokens = sum(len(r["response_ids"]) for r in batch)  # of all processes, before any forward
         mine = batch[common.rank()::common.world_size()]
         loss_sum = 0.0
-        for indices in training.micro_batches(mine, args.micro_batch_tokens):
+        for indices in training.plan(mine, args.micro_batch_tokens):
             with common.checkpointed(model, args.checkpoint_activations):
-                with training.autocast(args, device):
-                    logp, _, _ = training.response_logprobs(model, [mine[i] for i in indices])
+                logp, _, _ = training.response_logprobs(model, [mine[i] for i in indices])
                 loss = -logp.sum() / tokens  # denominator: response tokens of the whole optimizer step
                 loss.backward()
             loss_sum += float(loss.detach())
