@@ -246,7 +246,7 @@ def pick_device(args: argparse.Namespace) -> torch.device:
 def start_group() -> None:
     """The processes that torchrun started, on one node or several, or a group of this one alone."""
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo",
                                 timeout=timedelta(hours=2), **alone)
 
