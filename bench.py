@@ -189,14 +189,14 @@ VOCAB = 151936
 
 
 def grpo_rows() -> list[dict]:
-    """Rollouts with lengths as a sampler leaves them: log-normal, median 90, few of them several times as long."""
+    """Rollouts with lengths as a sampler leaves them: log-normal, median 150, few of them several times as long."""
     rng = random.Random(0)
     rows = []
     for _ in range(GROUPS):
         prompt = [rng.randrange(3, 90) for _ in range(rng.randint(40, 120))]
         rewards = [float(s % 3 == 0) for s in range(GROUP)]
         for reward, advantage in zip(rewards, train_grpo.advantages(rewards)):
-            n = min(600, int(rng.lognormvariate(4.5, 0.9)) + 2)
+            n = min(600, int(rng.lognormvariate(5.0, 0.8)) + 2)
             rows.append({"prompt_ids": prompt, "response_ids": [rng.randrange(3, 90) for _ in range(n)], "reward": reward,
                          "advantage": advantage})
     return rows
@@ -296,7 +296,7 @@ def trl_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> None
 
         def run():
             trainer.train()
-            return [x["grad_norm"] for x in trainer.state.log_history if "grad_norm" in x][0]
+            return next(x["grad_norm"] for x in trainer.state.log_history if "grad_norm" in x)
 
         mark(run, updates)
 
