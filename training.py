@@ -31,7 +31,9 @@ from common import UserError
 
 # Dimension key: B sequences, T time, M response tokens of a micro-batch, V vocabulary, D model width, W processes
 
-HEAD_ROWS = 256  # rows whose logits exist at a time: 156 MB in float32 at 152k ids, of which four copies live in the backward
+# Rows whose logits exist at a time: 156 MB in float32 at 152k ids, a few copies of it in the backward. In bfloat16 the head's
+# gradient is summed over chunks in bfloat16: 0.7 % of its norm off with 32 chunks, 0.4 % with 8, 0.2 % with one (measured)
+HEAD_ROWS = 256
 FILE_BYTES = 4 * 2**30  # of a checkpoint's files, unless a single tensor is larger
 
 
