@@ -2,9 +2,9 @@
 
     python bench.py revise            one Frank-Wolfe step against Algorithm 1 written literally
     python bench.py revise --device cuda    the same in the shape of Qwen2.5-1.5B, and by batch size and length
-    python bench.py grpo              one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and against
-                                      full logits of rows padded to the longest (CPU)
-    python bench.py memory            the formula of the README against what toy_model keeps (CPU), and its figures for the paper's
+    python bench.py grpo              one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and
+                                      against full logits of rows padded to the longest (CPU)
+    python bench.py memory            the formula of the README against what toy_model keeps (CPU), and the paper's models
 
 Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`;
 `ratio_to_frozen` is the same for a reference whose parameters ask for no gradient. Timings are
@@ -367,9 +367,11 @@ def block_bytes(c, size: int) -> int:
     """What autograd keeps of one block for each token. size: bytes of an element, 2 or 4; norms keep float32 as well."""
     D, Q, K, I, _ = sizes(c)
     norm = 4 + size  # its input, converted, and its result before the weight
-    keys = (norm + size) * (Q + K) if c.model_type == "qwen3" else size * (Q + K)  # a norm on each; then rotated, as SDPA keeps them
-    heads = 4 * (c.num_attention_heads * 2 + c.num_key_value_heads) if c.model_type == "qwen3" else 4 * c.num_attention_heads
-    return 2 * D * (norm + size) + keys + size * (K + Q + 4 * I) + heads + 8  # values, SDPA's result, the feed-forward layer's four
+    rotated, heads = size * (Q + K), 4 * c.num_attention_heads  # as SDPA keeps them, and its sum for each head
+    if c.model_type == "qwen3":  # a norm on each query and key
+        rotated, heads = rotated + norm * (Q + K), heads + 4 * (c.num_attention_heads + c.num_key_value_heads)
+    # two norms and what they give; queries and keys; values, SDPA's result and four of the feed-forward layer
+    return 2 * D * (norm + size) + rotated + size * (K + Q + 4 * I) + heads + 8
 
 
 def activation_bytes(c, size: int, tokens: int, responses: int, checkpointed: bool) -> int:
@@ -379,11 +381,15 @@ def activation_bytes(c, size: int, tokens: int, responses: int, checkpointed: bo
 
 
 def peak_bytes(c, processes: int, tokens: int, checkpointed: bool, sharded: bool = True) -> dict[str, float]:
-    """GB of one process of train_grpo.py in bfloat16, by part. Reduction: gradients of the root in bfloat16 and, to be summed,
-    in float32. Head: logits, log-probabilities and their gradient, float32. unsharded: as it was, each process a whole model."""
+    """GB of one process of train_grpo.py in bfloat16, by part. sharded=False: if each process held a whole model.
+
+    gathered: weights and their gradients in bfloat16 and the buffer that sums those in float32; the reference's root stays.
+    head: logits, log-probabilities, their gradient and what the entropy takes, 18 bytes in all.
+    """
     root, block = parameters(c)
     P = root + sizes(c)[-1] * block
-    parts = {"states": P * (16 + 2) / (processes if sharded else 1), "actor": 2 * P, "gathered": (2 + 2 + 4) * (root + block),
+    parts = {"states": P * (16 + 2) / (processes if sharded else 1), "actor": 2 * P,
+             "gathered": sharded * ((2 + 2 + 4) * (root + block) + 2 * root),
              "activations": activation_bytes(c, 2, tokens, tokens, checkpointed) + checkpointed * tokens * block_bytes(c, 2),
              "head": training.HEAD_ROWS * c.vocab_size * 18}
     return {k: round(v / 1e9, 1) for k, v in (parts | {"all": sum(parts.values())}).items()}

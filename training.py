@@ -1,10 +1,10 @@
-"""What the two trainers share: micro-batches, log-probabilities with a chunked head, sharding, the optimizer step, checkpoints.
+"""What the two trainers share: sharding, micro-batches, log-probabilities with a chunked head, the step, checkpoints.
 
 Losses are sums over response tokens divided by the number of response tokens of the whole optimizer step: all
 micro-batches and all processes, counted before the first forward. So neither changes a gradient.
 
-Sharded (--shard), every process holds 1/W of each parameter, gradient and moment, and gathers one block at a time. Then each
-forward and backward is a collective: all processes run the same number of them (`plan`), inside the hooks of FSDP2
+Sharded (--shard), every process holds 1/W of each parameter, gradient and moment, and gathers one block at a time. Then
+each forward and backward is a collective: all processes run the same number of them (`plan`), inside the hooks of FSDP2
 (`gathered`). Checkpoints hold whole tensors, so they load into any number of processes, sharded or not.
 """
 import argparse
@@ -31,8 +31,8 @@ from common import UserError
 
 # Dimension key: B sequences, T time, M response tokens of a micro-batch, V vocabulary, D model width, W processes
 
-# Rows whose logits exist at a time: 156 MB in float32 at 152k ids, a few copies of it in the backward. In bfloat16 the head's
-# gradient is summed over chunks in bfloat16: 0.7 % of its norm off with 32 chunks, 0.4 % with 8, 0.2 % with one (measured)
+# Rows whose logits exist at a time: 156 MB in float32 at 152k ids, a few copies of it in the backward. In bfloat16 the
+# head's gradient is summed over chunks in bfloat16: 0.7 % of its norm off with 32 chunks, 0.2 % with one (measured)
 HEAD_ROWS = 256
 FILE_BYTES = 4 * 2**30  # of a checkpoint's files, unless a single tensor is larger
 
@@ -42,7 +42,7 @@ def is_sharded(args: argparse.Namespace, device: torch.device) -> bool:
     """--shard auto: on for several GPUs and for bfloat16. Raises UserError for --shard off in bfloat16.
 
     FSDP2 is also what computes in bfloat16 over float32 weights, on one process too: it rounds the weights, as the copy
-    that samples and the reference have them, so that the ratio to the sampling policy and the KL start at exactly 1 and 0.
+    that samples and the reference have them, so that the ratio to the sampling policy starts at exactly 1 and the KL at 0.
     Autocast would keep float32 between the blocks, and be a third policy. Several CPU processes share one memory, in
     which sharding saves little; a float32 model on one device is left as it is, and samples itself.
     """
@@ -62,8 +62,8 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
     if args.dtype == "bfloat16":
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
-        # Moves its parameters to the device and keeps this process's rows of each. What is not trained keeps embedding and
-        # head gathered: they do not change, and a teacher's head is used again in the backward.
+        # Moves its parameters to the device and keeps this process's rows of each. What is not trained keeps embedding
+        # and head gathered: they do not change, and a teacher's head is used again in the backward.
         fully_shard(module, **how, reshard_after_forward=train or module is not model)
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)  # gradients are summed, as in apply_gradients; the default is their mean
@@ -73,8 +73,8 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
 
 
 def gathered(function):
-    """For a function(model, ...) that uses modules of a sharded model: the root's hooks, which gather embedding and head,
-    run for the root's own forward alone, or for a method named to FSDP2."""
+    """For a function(model, ...) that uses modules of a sharded model. The root's hooks gather embedding and head; they
+    run for the root's own forward, or for a method named to FSDP2. Not to be nested."""
     @functools.wraps(function)
     def call(model, *args, **more):
         if isinstance(model, FSDPModule):
@@ -89,7 +89,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 def load_actor(model, args: argparse.Namespace, device: torch.device):
-    """The model that samples and revises: whole, on every process, in --dtype. The trained model itself where it is so."""
+    """The model that samples and revises: whole, on every process, in --dtype. The trained one itself where it is so."""
     return common.load_model(args, device)[0] if isinstance(model, FSDPModule) else model
 
 
@@ -108,8 +108,8 @@ def micro_batches(rows: list[dict], max_tokens: int) -> list[list[int]]:
 
 
 def plan(rows: list[dict], max_tokens: int) -> list[list[int]]:
-    """micro_batches, and empty ones up to the largest number that any process has: a forward and a backward of one token
-    that count for nothing, since gathering weights and reducing gradients take all processes."""
+    """micro_batches, and empty ones up to the largest number that any process has: a forward and a backward of one
+    token that count for nothing, since gathering weights and reducing gradients take all processes."""
     batches = micro_batches(rows, max_tokens)
     return batches + [[]] * (max(common.gather(len(batches))) - len(batches))
 
@@ -165,8 +165,8 @@ def total(value: float) -> float:
 def apply_gradients(model, optimizer, grad_clip: float) -> float:
     """Sum gradients over processes, clip their norm, step. Returns the norm before clipping.
 
-    Losses are divided by global token counts already, so gradients are summed and not averaged. Those of a sharded model
-    have been summed in the backward.
+    Losses are divided by global token counts already, so gradients are summed and not averaged. Those of a sharded
+    model have been summed in the backward.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     if common.world_size() > 1 and not isinstance(model, FSDPModule):
@@ -240,7 +240,7 @@ def load_checkpoint(out: Path, model, optimizer) -> dict:
             raise UserError(f"{folders[-1]}: does not fit --model (missing {sorted(params.keys() - saved)[:3]}, "
                             f"unexpected {sorted(saved - params.keys())[:3]})")
         full = optimizer.state_dict()
-        full["state"] = {i: {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        full["state"] = {i: {"step": torch.tensor(0.0)} | {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                          for i, p in enumerate(params.values())}
         read_tensors(sorted(folders[-1].glob("optimizer*.safetensors")),
                      {f"{name}.{key}": t for name, s in zip(params, full["state"].values()) for key, t in s.items()})

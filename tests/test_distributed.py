@@ -286,7 +286,7 @@ def step_and_save(out, model_dir, shard, resume):
 
 @pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on")), ((2, "on"), (3, "on"))], ids=str)
 def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
-    """Of five processes the last holds no row of the 8 of a head's norm. Files are of bounded size, and transformers loads them."""
+    """Of five processes the last holds no row of the 8 of a head's norm. Files are bounded, and transformers loads them."""
     tiny_model("qwen3", tied=False).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     on_processes(before[0], tmp_path, step_and_save, tmp_path, tmp_path / "m", before[1], False)
