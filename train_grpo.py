@@ -208,7 +208,7 @@ def token_losses(model, reference, rows: list[dict], old: Tensor | None, ref: Te
     advantage = torch.tensor([r["advantage"] for r in rows], device=model.device)[owner]
     shaped = None
     if args.injected_ratio == "luffy":
-        shaped = torch.tensor([r.get("injected", False) for r in rows], device=model.device)[owner]
+        shaped = torch.tensor([r.get("injected", False) for r in rows], dtype=torch.bool, device=model.device)[owner]
     loss, kl, clipped = policy_loss(logp, logp.detach() if old is None else old, ref, advantage, args.clip_low,
                                     args.clip_high, args.kl_coef, shaped, args.luffy_gamma)
     return {"loss": loss, "entropy": entropy, "kl": kl, "clipped": clipped}

@@ -69,11 +69,11 @@ def response_hidden(model, rows: list[dict], prompt: str = "prompt_ids") -> tupl
     """Hidden states that predict each response token of the rows (M, D), those tokens (M,) and their rows (M,).
 
     Tokens come row by row. Rows are right-padded: under a causal mask padding is invisible to what precedes it, so there
-    is no mask to get wrong, and the tokens to score are chosen by length, never by id (padding may equal EOS).
+    is no mask to get wrong, and the tokens to score are chosen by length, never by id (padding may equal EOS). No rows: M is 0.
     """
     device = model.device
-    T = max(len(r[prompt]) + len(r["response_ids"]) for r in rows)
-    ids = torch.zeros(len(rows), T, dtype=torch.long)
+    T = max((len(r[prompt]) + len(r["response_ids"]) for r in rows), default=1)
+    ids = torch.zeros(max(len(rows), 1), T, dtype=torch.long)
     source, targets, owner = [], [], []
     for b, r in enumerate(rows):
         q, n = len(r[prompt]), len(r["response_ids"])
@@ -82,8 +82,8 @@ def response_hidden(model, rows: list[dict], prompt: str = "prompt_ids") -> tupl
         targets += r["response_ids"]
         owner += [b] * n
     hidden = model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, D)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(source, device=device)]  # (M, D)
-    return hidden, torch.tensor(targets, device=device), torch.tensor(owner, device=device)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(source, dtype=torch.long, device=device)]  # (M, D)
+    return hidden, *(torch.tensor(x, dtype=torch.long, device=device) for x in (targets, owner))
 
 
 def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
@@ -95,7 +95,7 @@ def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
     hidden, targets, owner = response_hidden(model, rows)
     head = model.get_output_embeddings()
     parts = [checkpoint(head_logprobs, head, hidden[s:s + head_rows], targets[s:s + head_rows], entropy, use_reentrant=False)
-             for s in range(0, len(targets), head_rows)]
+             for s in range(0, max(len(targets), 1), head_rows)]
     logp, entropies = zip(*parts)
     return torch.cat(logp), torch.cat(entropies) if entropy else None, owner
 
@@ -111,7 +111,7 @@ def response_divergence(model, teacher, rows: list[dict], beta: float, clip: flo
     hidden = response_hidden(model, rows)[0]
     heads = model.get_output_embeddings(), teacher.get_output_embeddings()
     parts = [checkpoint(head_divergence, heads[0], hidden[s:s + head_rows], heads[1], wanted[s:s + head_rows], beta, clip,
-                        use_reentrant=False) for s in range(0, len(hidden), head_rows)]
+                        use_reentrant=False) for s in range(0, max(len(hidden), 1), head_rows)]
     divergence, entropies = zip(*parts)
     return torch.cat(divergence), torch.cat(entropies)
 
