@@ -39,6 +39,7 @@ What each --algo is, silent variants included. L: loss; A: advantage; d = log re
                                                                                   same prompt and --opsd-hint with the
                                                                                   gold answer (the paper: a solution)
     beta            -                              -                              0.5, as v1 (v3: 0, forward KL)
+    optimizer       AdamW, constant lr 1e-5, all weights (Table 7); OPSD's paper: LoRA, warm-up and cosine
 
 Injected trajectories (--revise): log-probabilities are those of the hard tokens. --injected-ratio current: p_old is the
 current policy's, as for any response. luffy (arXiv 2504.14945, policy shaping): off-policy tokens have
