@@ -50,6 +50,7 @@ Differs from the paper: it does not say which of these variants it used.
 import argparse
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -161,7 +162,7 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
     Prompt j of a round belongs to rank j mod world. With --algo dapo, groups without signal are dropped and further
     prompts sampled, in one global order, so that the batch does not depend on the number of processes.
     """
-    counts = dict.fromkeys(("groups", "zero_hit", "rescued", "signal", "sampled", "hits", "tokens", "truncated"), 0)
+    counts = Counter(dict.fromkeys(("groups", "zero_hit", "rescued", "signal", "sampled", "hits", "tokens", "truncated"), 0))
     kept, longest, seconds, mine = 0, 0, {"seconds_sample": 0.0, "seconds_revise": 0.0}, []
     for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
         key = (args.seed, "grpo", step, turn)
@@ -182,10 +183,8 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
         seconds["seconds_sample"] += middle - start
         seconds["seconds_revise"] += time.time() - middle
         signal = [0 < sum(r["reward"] for r in g) < len(g) for g in groups]
-        for name, value in (("groups", len(groups)), ("zero_hit", hits.count(0)), ("hits", sum(hits)),
-                            ("signal", sum(signal)), ("sampled", len(responses)), ("tokens", sum(lengths)),
-                            ("truncated", sum(r["finish"] == "length" for r in responses))):
-            counts[name] += value
+        counts.update(groups=len(groups), zero_hit=hits.count(0), signal=sum(signal), sampled=len(responses), hits=sum(hits),
+                      tokens=sum(lengths), truncated=sum(r["finish"] == "length" for r in responses))  # adds
         places = sorted((common.rank() + j * common.world_size(), s or args.algo != "dapo") for j, s in enumerate(signal))
         everyone = sorted(place for ranks in common.gather(places) for place in ranks)
         wanted = {place for place, _ in [x for x in everyone if x[1]][:args.batch_prompts - kept]}

@@ -312,6 +312,21 @@ def test_every_metric_equals_a_count_over_what_was_sampled_and_trained(tmp_path,
         assert s["injected"] == row.get("injected", False)
 
 
+def test_counts_of_a_step_are_over_all_its_rounds(monkeypatch):
+    rounds = iter([[(0, 9, "length"), (0, 3, "eos")], [(1, 4, "eos"), (0, 2, "length")]])  # reward, length, finish
+
+    def sample_groups(model, tokenizer, vocab, problems, key, args, verify):
+        return [[{"id": "a", "sample": s, "reward": r, "response_ids": [5] * n, "finish": f}
+                 for s, (r, n, f) in enumerate(next(rounds))]]
+    monkeypatch.setattr(train_grpo, "sample_groups", sample_groups)
+    args = grpo_args("--algo", "dapo", "--batch-prompts", 1)
+    groups, _, counts = train_grpo.collect(None, None, 0, [{"id": "a"}], 1, 0, args, None)
+    assert [r["reward"] for r in groups[0]] == [1, 0]
+    for key, expected in {"groups": 2, "zero_hit": 1, "signal": 1, "sampled": 4, "hits": 1, "tokens": 18, "truncated": 2,
+                          "longest": 9, "kept": 1, "rescued": 0}.items():
+        assert counts[key] == expected, key
+
+
 def recorders(monkeypatch):
     """Stand-ins for the two optional packages, and what they were told."""
     calls = []
