@@ -243,13 +243,20 @@ def pick_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def start_group() -> None:
+    """The processes that torchrun started, on one node or several, or a group of this one alone."""
+    if not dist.is_initialized():
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo",
+                                timeout=timedelta(hours=2), **alone)
+
+
 def run_script(get_args, main) -> None:
     """Parse, start the process group if torchrun asked for one, run main(args), and report a UserError in one line."""
     args = get_args()
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo",
-                                    timeout=timedelta(hours=2))
+            start_group()
         main(args)
     except UserError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)

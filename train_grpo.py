@@ -200,11 +200,9 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
 def token_losses(model, reference, rows: list[dict], old: Tensor | None, ref: Tensor | None, args) -> dict[str, Tensor]:
     """The loss of every response token of the rows and what is logged beside it, (M,) each. Table in the docstring above."""
     if args.algo == "opsd":
-        with training.autocast(args, model.device):
-            loss, entropy = training.response_divergence(model, reference, rows, args.opsd_beta, args.opsd_clip)
+        loss, entropy = training.response_divergence(model, reference, rows, args.opsd_beta, args.opsd_clip)
         return {"loss": loss, "entropy": entropy}
-    with training.autocast(args, model.device):
-        logp, entropy, owner = training.response_logprobs(model, rows)
+    logp, entropy, owner = training.response_logprobs(model, rows)
     advantage = torch.tensor([r["advantage"] for r in rows], device=model.device)[owner]
     shaped = None
     if args.injected_ratio == "luffy":
@@ -219,9 +217,9 @@ def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespa
     tokens = training.total(sum(len(r["response_ids"]) for r in rows))  # all ranks, before the first forward
     if tokens == 0:
         return {}
-    plan = [[rows[i] for i in indices] for indices in training.micro_batches(rows, args.micro_batch_tokens)]
+    plan = [[rows[i] for i in indices] for indices in training.plan(rows, args.micro_batch_tokens)]
     old, refs = {}, {}
-    with torch.no_grad(), training.autocast(args, model.device):
+    with torch.no_grad():
         for k, batch in enumerate(plan):
             if args.updates > 1 and args.algo != "opsd":  # with one update they are the new ones, detached
                 old[k] = training.response_logprobs(model, batch, entropy=False)[0]
@@ -349,15 +347,16 @@ def main(args: argparse.Namespace) -> None:
         print(f"{out / 'model'} is trained already")
         return
     verify = common.load_verifier(args.verifier)
-    model, tokenizer, vocab = common.load_model(args, device, train=True)
+    model, tokenizer, vocab = training.load_model(args, device, train=True)
     rollout.add_prompts(problems, model, tokenizer, args)
     if args.algo == "opsd":
         add_teacher_prompts(problems, model, tokenizer, args)
     teacher_ids = {p["id"]: p.get("teacher_ids") for p in problems}
-    # The initial model, also after a restart: reference of the KL, teacher of opsd
-    reference = common.load_model(args, device)[0] if args.kl_coef or args.algo == "opsd" else None
-    # Sampling and revision in bfloat16 need a copy of the float32 master weights
-    actor = common.load_model(args, device)[0] if args.dtype == "bfloat16" else model
+    # The initial model, also after a restart: reference of the KL, or the teacher of opsd, which is not sharded: its head
+    # is needed while that of the policy is gathered
+    load = common.load_model if args.algo == "opsd" else training.load_model
+    reference = load(args, device)[0] if args.kl_coef or args.algo == "opsd" else None
+    actor = training.load_actor(model, args, device)
     optimizer = training.make_optimizer(model, args)
     state = {"cursor": 0} | training.load_checkpoint(out, model, optimizer)
     training.check_steps(args.steps, state)
@@ -367,10 +366,7 @@ def main(args: argparse.Namespace) -> None:
     bar = tqdm(range(state["step"] + 1, args.steps + 2), desc=args.algo, unit="step", initial=state["step"],
                total=args.steps, disable=common.rank() > 0)
     for step in bar:
-        if actor is not model:
-            with torch.no_grad():
-                for ours, master in zip(actor.parameters(), model.parameters()):
-                    ours.copy_(master)
+        training.refresh(actor, model)
 
         # === evaluate what the steps before have made ===
         if test and (step - 1) % args.eval_every == 0 and step - 1 not in done:

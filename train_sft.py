@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     if training.trained(out, args.steps):
         print(f"{out / 'model'} is trained already")
         return
-    model, tokenizer, _ = common.load_model(args, device, train=True)
+    model, tokenizer, _ = training.load_model(args, device, train=True)
     rows = read_rows(args.data, model, tokenizer, args)
     mixed = [r | {"mixed": True} for r in read_rows(args.mix, model, tokenizer, args)] if args.mix else []
     optimizer = training.make_optimizer(model, args)
@@ -111,10 +111,9 @@ def main(args: argparse.Namespace) -> None:
         tokens = sum(lengths)  # of all processes, before any forward
         mine = batch[common.rank()::common.world_size()]
         loss_sum = entropy_sum = 0.0
-        for indices in training.micro_batches(mine, args.micro_batch_tokens):
+        for indices in training.plan(mine, args.micro_batch_tokens):
             with common.checkpointed(model, args.checkpoint_activations):
-                with training.autocast(args, device):
-                    logp, entropy, _ = training.response_logprobs(model, [mine[i] for i in indices])
+                logp, entropy, _ = training.response_logprobs(model, [mine[i] for i in indices])
                 loss = -logp.sum() / tokens  # denominator: response tokens of the whole optimizer step
                 loss.backward()
             loss_sum += float(loss.detach())

@@ -1,9 +1,14 @@
-"""What the two trainers share: micro-batches, log-probabilities with a chunked head, the optimizer step, checkpoints.
+"""What the two trainers share: micro-batches, log-probabilities with a chunked head, sharding, the optimizer step, checkpoints.
 
 Losses are sums over response tokens divided by the number of response tokens of the whole optimizer step: all
 micro-batches and all processes, counted before the first forward. So neither changes a gradient.
+
+Sharded (--shard), every process holds 1/W of each parameter, gradient and moment, and gathers one block at a time. Then each
+forward and backward is a collective: all processes run the same number of them (`plan`), inside the hooks of FSDP2
+(`gathered`). Checkpoints hold whole tensors, so they load into any number of processes, sharded or not.
 """
 import argparse
+import functools
 import importlib
 import json
 import math
@@ -16,23 +21,97 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import common
 import rollout
 from common import UserError
 
-# Dimension key: B sequences, T time, M response tokens of a micro-batch, V vocabulary, D model width
+# Dimension key: B sequences, T time, M response tokens of a micro-batch, V vocabulary, D model width, W processes
 
-HEAD_ROWS = 1024  # rows whose logits exist at a time
+HEAD_ROWS = 256  # rows whose logits exist at a time: 156 MB in float32 at 152k ids, of which four copies live in the backward
+FILE_BYTES = 4 * 2**30  # of a checkpoint's files, unless a single tensor is larger
+
+
+# --- sharding --------------------------------------------------------------------------------------------------------
+def is_sharded(args: argparse.Namespace, device: torch.device) -> bool:
+    """--shard auto: on for several GPUs and for bfloat16. Raises UserError for --shard off in bfloat16.
+
+    FSDP2 is also what computes in bfloat16 over float32 weights, on one process too: it rounds the weights, as the copy
+    that samples and the reference have them, so that the ratio to the sampling policy and the KL start at exactly 1 and 0.
+    Autocast would keep float32 between the blocks, and be a third policy. Several CPU processes share one memory, in
+    which sharding saves little; a float32 model on one device is left as it is, and samples itself.
+    """
+    if args.shard == "off" and args.dtype == "bfloat16":
+        raise UserError("--shard off: --dtype bfloat16 is computed by sharding, on one process too; leave --shard out")
+    return args.shard == "on" or args.shard == "auto" and (
+        args.dtype == "bfloat16" or device.type == "cuda" and common.world_size() > 1)
+
+
+def load_model(args: argparse.Namespace, device: torch.device, train: bool = False):
+    """common.load_model, sharded where --shard says so. Host memory: each process first holds the whole model."""
+    if not is_sharded(args, device):
+        return common.load_model(args, device, train)
+    model, tokenizer, vocab = common.load_model(args, torch.device("cpu"), train)
+    common.start_group()
+    how = {"mesh": init_device_mesh(device.type, (common.world_size(),)), "reshard_after_forward": True}
+    if args.dtype == "bfloat16":
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in [*(m for m in model.modules() if type(m).__name__ in model._no_split_modules), model]:
+        fully_shard(module, **how)  # moves its parameters to the device and keeps this process's rows of each
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)  # gradients are summed, as in apply_gradients; the default is their mean
+    model.inside = lambda function: function()
+    register_fsdp_forward_method(model, "inside")
+    return model, tokenizer, vocab
+
+
+def gathered(function):
+    """For a function(model, ...) that uses modules of a sharded model: the root's hooks, which gather embedding and head,
+    run for the root's own forward alone, or for a method named to FSDP2."""
+    @functools.wraps(function)
+    def call(model, *args, **more):
+        if isinstance(model, FSDPModule):
+            return model.inside(lambda: function(model, *args, **more))
+        return function(model, *args, **more)
+    return call
+
+
+def whole(t: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes, which all have to ask; any other tensor as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def load_actor(model, args: argparse.Namespace, device: torch.device):
+    """The model that samples and revises: whole, on every process, in --dtype. The trained model itself where it is so."""
+    return common.load_model(args, device)[0] if isinstance(model, FSDPModule) else model
+
+
+@torch.no_grad()
+def refresh(actor, model) -> None:
+    """Trained weights into the actor, a parameter at a time, rounded before they travel as FSDP2 rounds them."""
+    if actor is not model:
+        for copy, p in zip(actor.parameters(), model.parameters(), strict=True):
+            copy.copy_(whole(p.to(copy.dtype)))
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 def micro_batches(rows: list[dict], max_tokens: int) -> list[list[int]]:
     """Indices of rows in micro-batches of at most max_tokens padded tokens (one row may be longer)."""
     return common.batches_by_length([len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows], max_tokens)
+
+
+def plan(rows: list[dict], max_tokens: int) -> list[list[int]]:
+    """micro_batches, and empty ones up to the largest number that any process has: a forward and a backward of one token
+    that count for nothing, since gathering weights and reducing gradients take all processes."""
+    batches = micro_batches(rows, max_tokens)
+    return batches + [[]] * (max(common.gather(len(batches))) - len(batches))
 
 
 def head_logprobs(head, hidden: Tensor, targets: Tensor, entropy: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -86,6 +165,7 @@ def response_hidden(model, rows: list[dict], prompt: str = "prompt_ids") -> tupl
     return hidden, *(torch.tensor(x, dtype=torch.long, device=device) for x in (targets, owner))
 
 
+@gathered
 def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
                       entropy: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probabilities of every response token of the rows, (M,) with gradient; entropies (M,) if asked; owner row (M,).
@@ -100,11 +180,13 @@ def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
     return torch.cat(logp), torch.cat(entropies) if entropy else None, owner
 
 
+@gathered
 def response_divergence(model, teacher, rows: list[dict], beta: float, clip: float,
                         head_rows: int = HEAD_ROWS) -> tuple[Tensor, Tensor]:
     """head_divergence at every response token of the rows, (M,) with gradient in `model`; the model's entropies (M,).
 
-    The teacher reads the same responses after `teacher_ids` in place of `prompt_ids`. Chunked as response_logprobs is.
+    The teacher reads the same responses after `teacher_ids` in place of `prompt_ids`. Chunked as response_logprobs is;
+    the teacher is not sharded.
     """
     with torch.no_grad():
         wanted = response_hidden(teacher, rows, "teacher_ids")[0]  # (M, D)
@@ -117,11 +199,6 @@ def response_divergence(model, teacher, rows: list[dict], beta: float, clip: flo
 
 
 # --- optimizer step --------------------------------------------------------------------------------------------------
-def autocast(args: argparse.Namespace, device: torch.device):
-    """--dtype bfloat16 computes in it over float32 master weights; float32 is plain float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
 def make_optimizer(model, args: argparse.Namespace) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
                              fused=model.device.type == "cuda")
@@ -135,18 +212,17 @@ def total(value: float) -> float:
 def apply_gradients(model, optimizer, grad_clip: float) -> float:
     """Sum gradients over processes, clip their norm, step. Returns the norm before clipping.
 
-    Losses are divided by global token counts already, so gradients are summed and not averaged.
+    Losses are divided by global token counts already, so gradients are summed and not averaged. Those of a sharded model
+    have been summed in the backward.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    for p in params:
-        if p.grad is None:  # a rank without rows this step still takes part
-            p.grad = torch.zeros_like(p)
-        if common.world_size() > 1:
+    if common.world_size() > 1 and not isinstance(model, FSDPModule):
+        for p in params:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return float(whole(norm))
 
 
 # --- data order and checkpoints --------------------------------------------------------------------------------------
@@ -161,15 +237,19 @@ def draw_rows(count: int, start: int, size: int, seed: int) -> list[int]:
 
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, state: dict, keep: int = 2) -> None:
     """OUT/checkpoint-STEP: model, optimizer and state as safetensors and JSON, written aside and renamed."""
+    folder, aside = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
+    save_model(aside, model, tokenizer)
+    part, files = {}, 0
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            value = whole(value).cpu()  # every process takes part, one keeps it
+            if common.rank() == 0:
+                if part and sum(t.nbytes for t in part.values()) + value.nbytes > FILE_BYTES:
+                    save_file(part, aside / f"optimizer-{files:05d}.safetensors")
+                    part, files = {}, files + 1
+                part[f"{name}.{key}"] = value.contiguous()
     if common.rank() == 0:
-        folder = out / f"checkpoint-{step:06d}"
-        aside = out / "checkpoint.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        save_model(aside, model, tokenizer)
-        names = [n for n, _ in model.named_parameters()]
-        moments = {f"{names[i]}.{key}": value.contiguous() for i, s in optimizer.state_dict()["state"].items()
-                   for key, value in s.items()}
-        save_file(moments, aside / "optimizer.safetensors")
+        save_file(part, aside / f"optimizer-{files:05d}.safetensors")
         (aside / "state.json").write_text(json.dumps(state | {"step": step}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -178,22 +258,40 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, state: di
     common.barrier()
 
 
+def read_tensors(paths: list[Path], fill: dict[str, Tensor]) -> set[str]:
+    """Fill tensors by name from safetensors files, of each no more than the rows that this process holds: those that
+    torch.chunk gives it. Returns the names that the files have."""
+    names = set()
+    for path in paths:
+        with safe_open(path, "pt") as f:
+            names.update(f.keys())
+            for name in fill.keys() & set(f.keys()):
+                here = fill[name].to_local() if isinstance(fill[name], DTensor) else fill[name]
+                if here is fill[name]:
+                    here.copy_(f.get_tensor(name))
+                elif len(here):  # with more processes than rows some have none
+                    start = common.rank() * -(-len(fill[name]) // common.world_size())  # rounded up: rows per process
+                    here.copy_(f.get_slice(name)[start:start + len(here)])
+    return names
+
+
+@torch.no_grad()
 def load_checkpoint(out: Path, model, optimizer) -> dict:
     """Restore the last whole checkpoint into model and optimizer and cut metrics.jsonl back to it. {} if there is none."""
     folders = sorted(out.glob("checkpoint-*"))
     state = {"step": 0}
     if folders:
-        weights = load_file(folders[-1] / "model.safetensors", device=str(model.device))
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = set(getattr(model, "_tied_weights_keys", None) or ())
-        if unexpected or set(missing) - tied:
-            raise UserError(f"{folders[-1]}: does not fit --model (missing {sorted(set(missing) - tied)[:3]}, "
-                            f"unexpected {unexpected[:3]})")
-        saved = load_file(folders[-1] / "optimizer.safetensors")  # load_state_dict moves what belongs on the device
+        params = dict(model.named_parameters())
+        saved = read_tensors(sorted(folders[-1].glob("model*.safetensors")), params)
+        if saved != params.keys():
+            raise UserError(f"{folders[-1]}: does not fit --model (missing {sorted(params.keys() - saved)[:3]}, "
+                            f"unexpected {sorted(saved - params.keys())[:3]})")
         full = optimizer.state_dict()
-        full["state"] = {i: {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                         for i, (name, _) in enumerate(model.named_parameters()) if f"{name}.step" in saved}
-        optimizer.load_state_dict(full)
+        full["state"] = {i: {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                         for i, p in enumerate(params.values())}
+        read_tensors(sorted(folders[-1].glob("optimizer*.safetensors")),
+                     {f"{name}.{key}": t for name, s in zip(params, full["state"].values()) for key, t in s.items()})
+        optimizer.load_state_dict(full)  # which moves what belongs on the device
         state = json.loads((folders[-1] / "state.json").read_text())
     if common.rank() == 0:
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
@@ -205,16 +303,22 @@ def load_checkpoint(out: Path, model, optimizer) -> dict:
 
 
 def save_model(folder: Path, model, tokenizer) -> None:
-    """A folder that from_pretrained loads. One file, so that a checkpoint is read back without an index."""
-    model.save_pretrained(folder, max_shard_size="1TB")
-    tokenizer.save_pretrained(folder)
+    """Rank 0 gathers the weights, a parameter at a time, and writes a folder that from_pretrained loads."""
+    weights = {}
+    for name, p in model.named_parameters():
+        value = whole(p.detach()).cpu()
+        if common.rank() == 0:
+            weights[name] = value
+    if common.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=FILE_BYTES)
+        tokenizer.save_pretrained(folder)
 
 
 def finish(out: Path, model, tokenizer) -> None:
     """OUT/model, written aside and renamed."""
+    save_model(out / "model.tmp", model, tokenizer)
     if common.rank() == 0:
-        shutil.rmtree(out / "model.tmp", ignore_errors=True)
-        save_model(out / "model.tmp", model, tokenizer)
         os.replace(out / "model.tmp", out / "model")
         remove_checkpoints(out)
     common.barrier()
@@ -295,6 +399,9 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
                         help="[ours] padded tokens per forward and backward: the memory flag of the update")
     parser.add_argument("--checkpoint-activations", action="store_true",
                         help="[ours] recompute activations in every backward: less memory for long rows, a third slower")
+    parser.add_argument("--shard", default="auto", choices=["auto", "on", "off"],
+                        help="[ours] spread weights, gradients and moments over all processes (FSDP2); auto: for bfloat16 "
+                             "and for several GPUs")
     parser.add_argument("--save-every", type=int, default=50, help="[ours] steps between checkpoints; 0 for none")
     parser.add_argument("--tensorboard", action="store_true", help="[ours] metrics to OUT/tensorboard as well")
     parser.add_argument("--wandb", metavar="PROJECT", help="[ours] metrics to this project of Weights & Biases as well")
@@ -316,4 +423,4 @@ def check_training_args(args: argparse.Namespace) -> None:
 
 
 # These do not change a result in float32: the learning rate is constant, so neither do the steps still to come
-FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "save_every", "steps", "tensorboard", "wandb")
+FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "shard", "save_every", "steps", "tensorboard", "wandb")

@@ -124,7 +124,8 @@ def run(script: str, *args, processes: int = 1, check: bool = True) -> subproces
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["torch", "safetensors.torch", "transformers.models.auto.modeling_auto",
                                "transformers.models.auto.tokenization_auto", "transformers.models.qwen2.modeling_qwen2",
-                               "transformers.models.qwen3.modeling_qwen3", "transformers.models.llama.modeling_llama"])
+                               "transformers.models.qwen3.modeling_qwen3", "transformers.models.llama.modeling_llama",
+                               "torch.distributed.fsdp", "hypothesis", "pytest"])
 
 
 def die_at(point: int) -> None:

@@ -434,9 +434,10 @@ def test_opsd_with_evaluations_killed_and_continued_gives_the_same_bytes(tmp_pat
     assert [r["step"] for r in read(tmp_path / "o" / "eval.jsonl")] == [0, 2, 4]
 
 
-def test_opsd_with_evaluations_is_the_same_on_two_processes(tmp_path, straight_opsd):
+@pytest.mark.parametrize("processes,shard", [(2, "off"), (1, "on"), (3, "on")])
+def test_opsd_with_evaluations_is_the_same_on_several_processes_and_sharded(tmp_path, straight_opsd, processes, shard):
     straight, flags = straight_opsd
-    stage("train_grpo.py", *flags, "--out", tmp_path / "o", processes=2)
+    stage("train_grpo.py", *flags, "--out", tmp_path / "o", "--shard", shard, processes=processes)
     for name in ("metrics.jsonl", "eval.jsonl"):
         one, two = without_seconds(read(straight / name)), without_seconds(read(tmp_path / "o" / name))
         assert [list(a) for a in one] == [list(b) for b in two]

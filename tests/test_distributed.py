@@ -1,0 +1,291 @@
+"""Sharded (FSDP2) and plain training on several gloo processes, against one process that does the obvious."""
+import json
+import math
+import random
+import socket
+
+import pytest
+import torch
+from conftest import read, server, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from safetensors.torch import load_file, save_file
+from test_train import (
+    SELECTIVE,
+    SIZES,
+    assert_same_gradients,
+    assert_same_metrics,
+    assert_same_training,
+    gradients,
+    literal_logprobs,
+    make_rows,
+    sft_args,
+    train,
+    write_rows,
+)
+from transformers import AutoModelForCausalLM
+
+import common
+import train_sft
+import training
+from common import UserError
+
+
+# --- functions on several processes -----------------------------------------------------------------------------------
+def on_rank(function, rank, env, log, *args):
+    with open(log, "w") as f:
+        try:
+            torch.set_num_threads(1)
+            common.os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            common.start_group()
+            function(*args)
+        except BaseException as e:
+            import traceback
+            f.write("".join(traceback.format_exception(e)))
+            f.flush()
+            raise
+        finally:
+            common.dist.destroy_process_group()
+
+
+def on_processes(count, tmp_path, function, *args):
+    """function(*args) on `count` processes in one gloo group."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    logs = [tmp_path / f"log.{r}" for r in range(count)]
+    ranks = [server.Process(target=on_rank, args=(function, r, env, log, *args)) for r, log in enumerate(logs)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(120)
+        p.kill()
+        p.join()
+    assert [p.exitcode for p in ranks] == [0] * count, "\n".join(log.read_text() for log in logs if log.exists())
+
+
+def whole_weights(model):
+    return {n: training.whole(p.detach()).clone() for n, p in model.named_parameters()}
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+BUDGETS = {1: 1, 2: 24, 4: 48}  # largest micro-batch of SIZES in rows (one alone is not padded): padded tokens
+
+
+def write_gradients(out, model_dir, shard):
+    """Summed gradients of the mean cross-entropy, by number of rows and largest micro-batch; activations recomputed for 2."""
+    args = sft_args(model_dir, "d", out, "--shard", shard, "--dtype", "float32")
+    model, _, _ = training.load_model(args, torch.device("cpu"), train=True)
+    for count in (5, 3, 1):  # with 1 a process has no row, with 3 their numbers of micro-batches differ
+        rows = make_rows(SIZES)[:count]
+        tokens = sum(len(r["response_ids"]) for r in rows)
+        mine = rows[common.rank()::common.world_size()]
+        for size, budget in BUDGETS.items():
+            for indices in training.plan(mine, budget):
+                with common.checkpointed(model, size == 2):
+                    logp = training.response_logprobs(model, [mine[i] for i in indices], 4)[0]
+                    (-logp.sum() / tokens).backward()
+            found = {}
+            for n, p in model.named_parameters():
+                found[n] = training.whole(p.grad).clone()
+                if shard == "off" and common.world_size() > 1:
+                    common.dist.all_reduce(found[n])
+            model.zero_grad()
+            if common.rank() == 0:
+                save_file(found, out / f"{count}-{size}.safetensors")
+
+
+@pytest.mark.parametrize("family,shard,processes", [("qwen2", "off", 1), ("qwen2", "off", 2), ("qwen3", "on", 1),
+                                                    ("qwen2", "on", 2), ("qwen3", "on", 3)])
+def test_gradients_do_not_depend_on_micro_batches_processes_or_sharding(tmp_path, family, shard, processes):
+    model = tiny_model(family, tied=family == "qwen2")
+    model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    on_processes(processes, tmp_path, write_gradients, tmp_path, tmp_path / "m", shard)
+    for count in (5, 3, 1):
+        (-torch.cat([literal_logprobs(model, r)[0] for r in make_rows(SIZES)[:count]]).mean()).backward()
+        expected = gradients(model)
+        for size in BUDGETS:
+            assert_same_gradients(load_file(tmp_path / f"{count}-{size}.safetensors"), expected)
+
+
+def test_the_head_never_has_logits_of_more_than_a_chunk_of_rows():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    shapes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            shapes.update(t.shape for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    model, rows = tiny_model("qwen3"), make_rows([(5, 90), (7, 61), (3, 1)])
+    with Watch():
+        training.response_logprobs(model, rows, head_rows=8)[0].sum().backward()
+    vocab = model.config.vocab_size
+    weight = tuple(model.get_output_embeddings().weight.shape)
+    logits = {s for s in shapes if vocab in s and tuple(s) != weight and tuple(s) != weight[::-1]}
+    assert max(math.prod(s) for s in logits) == 8 * vocab
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_padding_is_at_most_a_tenth_on_skewed_lengths(seed, sigma):
+    """512 prompts of 8 responses on 8 processes; responses are log-normal with a median of 600 and at most 8,192 tokens."""
+    rng = random.Random(seed)
+    rows = [{"prompt_ids": [5] * rng.randint(60, 250), "response_ids": [6] * min(8192, int(rng.lognormvariate(6.4, sigma)))}
+            for _ in range(512)]
+    lengths = [len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows]
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in training.micro_batches(rows, 16384))
+    assert sum(lengths) < padded <= 1.10 * sum(lengths)
+
+
+# --- the copy that samples --------------------------------------------------------------------------------------------
+def compare_actor(model_dir, dtype):
+    args = sft_args(model_dir, "d", "o", "--shard", "on", "--dtype", dtype, "--lr", "0.01")
+    device = torch.device("cpu")
+    model, _, _ = training.load_model(args, device, train=True)
+    assert all(p.dtype == torch.float32 and p.to_local().numel() < p.numel() for p in model.parameters())
+    actor, optimizer, rows = training.load_actor(model, args, device), training.make_optimizer(model, args), make_rows(SIZES)
+    assert {p.dtype for p in actor.parameters()} == {getattr(torch, dtype)}
+    ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["response_ids"]])
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            logits = actor(ids, use_cache=False).logits
+            assert torch.equal(model(ids, use_cache=False).logits, logits)
+            for ours, theirs in zip(training.response_logprobs(model, rows), training.response_logprobs(actor, rows)):
+                assert torch.equal(ours, theirs)
+        seen.append(logits)
+        training.response_logprobs(model, rows)[0].sum().backward()
+        training.apply_gradients(model, optimizer, 1.0)
+        training.refresh(actor, model)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_actor_has_the_logits_of_the_sharded_model_bit_for_bit(tmp_path, family, dtype):
+    tiny_model(family, tied=family == "qwen2").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    on_processes(2, tmp_path, compare_actor, tmp_path / "m", dtype)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def sft_data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "d.jsonl", make_rows(SIZES))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, model_dir, sft_data):
+    """One plain process, and the flags of its run."""
+    out = tmp_path_factory.mktemp("straight") / "o"
+    flags = ["--model", model_dir, "--data", sft_data, "--device", "cpu", "--batch-size", 3, "--steps", 5, "--save-every", 2,
+             "--micro-batch-tokens", 12]
+    stage("train_sft.py", *flags, "--out", out)
+    return out, flags
+
+
+def test_sharded_sft_has_the_losses_and_weights_of_one_plain_process(tmp_path, model_dir, straight):
+    for processes in (1, 2):
+        stage("train_sft.py", *straight[1], "--shard", "on", "--out", tmp_path / str(processes), processes=processes)
+        assert_same_metrics(straight[0], tmp_path / str(processes), 1e-5)
+        assert_same_training(straight[0], tmp_path / str(processes), load_file(model_dir / "model.safetensors"))
+
+
+@pytest.mark.parametrize("flags", [["--updates", 2], ["--algo", "dapo", "--resample", 2, "--batch-prompts", 3],
+                                   ["--batch-prompts", 1, "--group-size", 2, "--checkpoint-activations"]],
+                         ids=["grpo", "dapo", "one-prompt"])
+def test_sharded_grpo_with_revise_has_the_losses_of_one_plain_process(tmp_path, model_dir, flags):
+    data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
+    flags = ["--steps", 3, "--revise", "--micro-batch-tokens", 60, *flags]
+    train(model_dir, data, tmp_path / "1", verifier, *flags)
+    train(model_dir, data, tmp_path / "2", verifier, *flags, "--shard", "on", processes=2)
+    assert_same_metrics(tmp_path / "1", tmp_path / "2", 1e-5)
+    assert_same_training(tmp_path / "1", tmp_path / "2", load_file(model_dir / "model.safetensors"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path, model_dir, processes):
+    data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py")
+    train(model_dir, data, tmp_path / "o", verifier, "--steps", 2, "--lr", "0.001", "--dtype", "bfloat16", "--group-size", 8,
+          processes=processes)
+    first, second = read(tmp_path / "o" / "metrics.jsonl")
+    assert first["kl"] == 0 < second["kl"] and first["grad_norm"] > 0  # the reference is the policy to the last bit, at first
+    trained = load_file(tmp_path / "o" / "model" / "model.safetensors")
+    assert all(v.dtype == torch.float32 for v in trained.values())
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in trained.values())  # master weights are finer
+
+
+def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir, sft_data):
+    args = sft_args(model_dir, sft_data, tmp_path / "o", "--dtype", "bfloat16", "--shard", "off")
+    with pytest.raises(UserError, match="--shard off"):
+        train_sft.main(args)
+
+
+@pytest.mark.parametrize("dtype,device,world,expected", [
+    ("float32", "cpu", 1, False), ("float32", "cpu", 2, False), ("float32", "cuda", 1, False), ("float32", "cuda", 2, True),
+    ("bfloat16", "cpu", 1, True), ("bfloat16", "cuda", 1, True), ("bfloat16", "cuda", 8, True)])
+def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, device, world, expected):
+    monkeypatch.setattr(common, "world_size", lambda: world)
+    assert training.is_sharded(sft_args("m", "d", "o", "--dtype", dtype), torch.device(device)) is expected
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("before,after", [((2, "on"), (1, "off")), ((1, "off"), (2, "on")), ((2, "on"), (2, "on"))], ids=str)
+def test_killed_and_continued_on_other_processes_gives_the_same_losses(tmp_path, model_dir, straight, before, after):
+    """Killed while step 3 is logged: the checkpoint of step 2 is there."""
+    out, flags = straight
+    for (processes, shard), kill_at in ((before, 7), (after, 0)):
+        if not kill_at:
+            assert (tmp_path / "o" / "checkpoint-000002").exists()
+        stage("train_sft.py", *flags, "--shard", shard, "--out", tmp_path / "o", processes=processes, kill_at=kill_at)
+    assert_same_metrics(out, tmp_path / "o", 1e-5)
+    assert_same_training(out, tmp_path / "o", load_file(model_dir / "model.safetensors"))
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["metrics.jsonl", "model", "run.json"]
+
+
+def step_and_save(out, model_dir, shard, resume):
+    """Two steps, of which the first is read from the checkpoint that another run left where resume says so."""
+    training.FILE_BYTES = 20_000
+    args = sft_args(model_dir, "d", out, "--shard", shard, "--lr", "0.01")
+    args.dtype = "float32"
+    model, tokenizer, _ = training.load_model(args, torch.device("cpu"), train=True)
+    optimizer = training.make_optimizer(model, args)
+    if resume:
+        assert training.load_checkpoint(out, model, optimizer) == {"step": 1, "note": "x"}
+    for step in range(2 if resume else 1, 3):
+        for indices in training.plan(make_rows(SIZES)[common.rank()::common.world_size()], 30):
+            rows = make_rows(SIZES)[common.rank()::common.world_size()]
+            training.response_logprobs(model, [rows[i] for i in indices])[0].sum().backward()
+        training.apply_gradients(model, optimizer, 1.0)
+        if not resume:
+            training.save_checkpoint(out, step, model, tokenizer, optimizer, {"note": "x"}, keep=2)
+    weights = whole_weights(model)
+    if common.rank() == 0:
+        save_file({k: v for k, v in weights.items()}, out / f"{resume}.safetensors")
+
+
+@pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on")), ((2, "on"), (3, "on"))], ids=str)
+def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
+    """Of five processes the last holds no row of the 8 of a head's norm. Files are of bounded size, and transformers loads them."""
+    tiny_model("qwen3", tied=False).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    on_processes(before[0], tmp_path, step_and_save, tmp_path, tmp_path / "m", before[1], False)
+    expected = load_file(tmp_path / "False.safetensors")
+    last, first = tmp_path / "checkpoint-000002", tmp_path / "checkpoint-000001"
+    loaded = dict(AutoModelForCausalLM.from_pretrained(last).named_parameters())
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
+    assert json.loads((last / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    for stem in ("model", "optimizer"):
+        files = list(first.glob(f"{stem}*.safetensors"))
+        biggest = max(t.nbytes for f in files for t in load_file(f).values())
+        assert len(files) > 1 and max(sum(t.nbytes for t in load_file(f).values()) for f in files) <= max(20_000, biggest)
+    for path in sorted(last.iterdir()):
+        path.unlink()
+    last.rmdir()
+    on_processes(after[0], tmp_path, step_and_save, tmp_path, tmp_path / "m", after[1], True)
+    continued, start = load_file(tmp_path / "True.safetensors"), load_file(tmp_path / "m" / "model.safetensors")
+    assert max(float((expected[k] - start[k]).abs().max()) for k in expected) > 0.01  # Adam moves by about lr a step
+    for k in expected:
+        torch.testing.assert_close(continued[k], expected[k], rtol=0, atol=1e-4, msg=k)
+        assert (continued[k] - expected[k]).abs().mean() < 1e-6
