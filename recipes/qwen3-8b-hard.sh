@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Table 1, Qwen3-8B-Base trained on dapo-hard. 8 GPUs. Status: not run.
 #   DATA=dapo.jsonl EVAL="math500.jsonl aime24.jsonl aime25.jsonl amc23.jsonl" bash recipes/qwen3-8b-hard.sh
-# Memory: every process holds the whole model. rollout, revise and eval need 16.4 GB and activations or KV cache (144 KB a
-# token: 32 sequences of 8k are 38 GB). Training needs 20 bytes a parameter, 164 GB before activations: it does not fit
-# without sharding, which is not there yet. Its commands stand here for when it is.
+# Memory (computed, `python bench.py memory`): train_grpo is sharded over the 8 processes; each holds 18.4 GB of weights,
+# gradients, moments and reference, 16.4 GB of the copy that samples, up to 11.5 GB gathered and 8.9 GB of activations, 56 GB in
+# all (train_sft: 37 GB). rollout, revise, eval and the sampling of train_grpo are not sharded: 16.4 GB (train_grpo: beside the
+# 18.4) and the KV cache, 144 KB a token: 32 sequences of 8k are 38 GB. Each process loads the whole model in host memory first: 33 GB.
+# Several nodes: torchrun with --nnodes and --rdzv-endpoint in place of --standalone, and OUT on a disk that all of them see.
 # Expected (the paper's avg @1/@32): base 18.24/64.36, GRPO 19.43/62.75, SFT+Ours 21.26/64.46, GRPO+Ours 22.58/65.14;
 # zero-hit prompts: 3,642 of 14,116 (25.8 %).
 set -euo pipefail

@@ -23,6 +23,7 @@ from test_train import (
 )
 from transformers import AutoModelForCausalLM
 
+import bench
 import common
 import train_sft
 import training
@@ -159,6 +160,10 @@ def compare_actor(model_dir, dtype):
         training.apply_gradients(model, optimizer, 1.0)
         training.refresh(actor, model)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    count = sum(p.numel() for p in model.parameters())  # whole; of it each process holds half, in float32, and of its moments
+    held = [sum(t.to_local().nbytes for t in ts) for ts in (
+        model.parameters(), *([s[key] for s in optimizer.state.values()] for key in ("exp_avg", "exp_avg_sq")))]
+    assert held == [4 * count // 2] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -167,6 +172,20 @@ def test_the_actor_has_the_logits_of_the_sharded_model_bit_for_bit(tmp_path, fam
     tiny_model(family, tied=family == "qwen2").save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     on_processes(2, tmp_path, compare_actor, tmp_path / "m", dtype)
+
+
+# --- memory: the formula of the README --------------------------------------------------------------------------------
+@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False)])
+def test_the_memory_formula_is_what_autograd_keeps(family, tied):
+    rows = [{"prompt_ids": [5] * 60, "response_ids": [6] * 140}] * 3
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(family, tied).to(dtype)
+        root, block = bench.parameters(model.config)
+        assert root + 2 * block == sum(p.numel() for p in model.parameters())
+        for checkpointed in (False, True):
+            with common.checkpointed(model, checkpointed):
+                kept = bench.saved_bytes(model, training.response_logprobs, model, rows)
+            assert bench.activation_bytes(model.config, dtype.itemsize, 600, 420, checkpointed) == pytest.approx(kept, rel=0.06)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
