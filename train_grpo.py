@@ -352,10 +352,8 @@ def main(args: argparse.Namespace) -> None:
     if args.algo == "opsd":
         add_teacher_prompts(problems, model, tokenizer, args)
     teacher_ids = {p["id"]: p.get("teacher_ids") for p in problems}
-    # The initial model, also after a restart: reference of the KL, or the teacher of opsd, which is not sharded: its head
-    # is needed while that of the policy is gathered
-    load = common.load_model if args.algo == "opsd" else training.load_model
-    reference = load(args, device)[0] if args.kl_coef or args.algo == "opsd" else None
+    # The initial model, also after a restart: reference of the KL, or the teacher of opsd
+    reference = training.load_model(args, device)[0] if args.kl_coef or args.algo == "opsd" else None
     actor = training.load_actor(model, args, device)
     optimizer = training.make_optimizer(model, args)
     state = {"cursor": 0} | training.load_checkpoint(out, model, optimizer)

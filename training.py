@@ -189,11 +189,10 @@ def response_divergence(model, teacher, rows: list[dict], beta: float, clip: flo
                         head_rows: int = HEAD_ROWS) -> tuple[Tensor, Tensor]:
     """head_divergence at every response token of the rows, (M,) with gradient in `model`; the model's entropies (M,).
 
-    The teacher reads the same responses after `teacher_ids` in place of `prompt_ids`. Chunked as response_logprobs is;
-    the teacher is not sharded.
+    The teacher reads the same responses after `teacher_ids` in place of `prompt_ids`. Chunked as response_logprobs is.
     """
     with torch.no_grad():
-        wanted = response_hidden(teacher, rows, "teacher_ids")[0]  # (M, D)
+        wanted = gathered(response_hidden)(teacher, rows, "teacher_ids")[0]  # (M, D)
     hidden = response_hidden(model, rows)[0]
     heads = model.get_output_embeddings(), teacher.get_output_embeddings()
     parts = [checkpoint(head_divergence, heads[0], hidden[s:s + head_rows], heads[1], wanted[s:s + head_rows], beta, clip,
