@@ -2,6 +2,7 @@
 
     python train_sft.py --model toy_model --data out/revised/recovered.jsonl --out out/sft --steps 60
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --data recovered.jsonl --out out/sft
+    python train_sft.py --model toy_model --data rollouts.jsonl --mix recovered.jsonl --mix-ratio 0.5 --out out/mixed
 
 Reads   rows with `prompt_ids` and `response_ids` (rollouts.jsonl, recovered.jsonl; rows with `reward` 0 are left out), or
         plain rows with `problem` and `response`, which go through the prompt template of rollout.py.
@@ -9,6 +10,7 @@ Writes  metrics.jsonl, checkpoints to resume from (the same command continues), 
 
 Loss: cross-entropy on response tokens (end-of-sequence included, prompt masked out), averaged over the response tokens of
 the whole optimizer step: all micro-batches and all processes. Neither changes a gradient.
+--mix: a second source with a fixed share of every step's rows (of rows, not of tokens), each source in an order of its own.
 Micro-batches, the optimizer step and checkpoints are in training.py, shared with train_grpo.py.
 Differs from the paper: it gives no number of SFT steps or epochs; --steps is ours.
 """
@@ -49,8 +51,24 @@ def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> l
                 raise UserError(f"{where}: longer than the context of --model, {context} tokens")
             rows.append(row)
     if not rows:
-        raise UserError(f"--data {' '.join(paths)}: no rows to train on (rows with reward 0 are left out)")
+        raise UserError(f"{' '.join(paths)}: no rows to train on (rows with reward 0 are left out)")
     return rows
+
+
+def draw_step(rows: list, mixed: list, step: int, args: argparse.Namespace) -> list:
+    """The --batch-size rows of a step, counted from 1: first those of --data, then those of --mix.
+
+    A function of (seed, step): after s steps round(s * batch size * ratio) rows of --mix have been drawn, so a share that
+    is no whole number of rows is exact over several steps. Each source has an epoch permutation of its own.
+    """
+    sources = []
+    before, after = ((step - 1) * args.batch_size, step * args.batch_size)
+    mix = [round(n * args.mix_ratio) if mixed else 0 for n in (before, after)]
+    for source, (start, end), seed in ((rows, (before - mix[0], after - mix[1]), args.seed),
+                                       (mixed, mix, rollout.row_key(args.seed, "mix"))):
+        if end > start:
+            sources += [source[i] for i in training.draw_rows(len(source), start, end - start, seed)]
+    return sources
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,6 +77,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, nargs="+", help="[ours] trajectories, JSONL; several files are joined")
     parser.add_argument("--out", required=True, help="[ours] output folder")
     parser.add_argument("--batch-size", type=int, default=512, help="[Table 7] trajectories per optimizer step")
+    parser.add_argument("--mix", nargs="+", default=[], help="[ours] trajectories to mix in: recovered ones among others")
+    parser.add_argument("--mix-ratio", type=float, default=0.5, help="[ours] share of each step's rows drawn from --mix")
     parser.add_argument("--seed", type=int, default=0, help="[ours] of the data order")
     parser.add_argument("--instruction", default=rollout.INSTRUCTION, help="[ours] for rows with `problem`; '' for none")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
@@ -69,38 +89,47 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     training.check_training_args(args)
+    if not 0 <= args.mix_ratio <= 1:
+        raise UserError(f"--mix-ratio {args.mix_ratio} is out of range")
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, training.FREE, data_digest=[common.file_digest(p) for p in args.data])
-    if training.trained(out):
+    out = common.start_run(args.out, args, training.FREE, data_digest=[common.file_digest(p) for p in args.data + args.mix])
+    if training.trained(out, args.steps):
         print(f"{out / 'model'} is trained already")
         return
     model, tokenizer, _ = training.load_model(args, device, train=True)
     rows = read_rows(args.data, model, tokenizer, args)
+    mixed = [r | {"mixed": True} for r in read_rows(args.mix, model, tokenizer, args)] if args.mix else []
     optimizer = training.make_optimizer(model, args)
-    first = training.load_checkpoint(out, model, optimizer)["step"]
-    for step in tqdm(range(first + 1, args.steps + 1), desc="sft", unit="step", initial=first, total=args.steps,
-                     disable=common.rank() > 0):
+    state = training.load_checkpoint(out, model, optimizer)
+    training.check_steps(args.steps, state)
+    log = training.open_logs(out, args, state["step"])
+    for step in tqdm(range(state["step"] + 1, args.steps + 1), desc="sft", unit="step", initial=state["step"],
+                     total=args.steps, disable=common.rank() > 0):
         start = time.time()
-        batch = [rows[i] for i in training.draw_rows(len(rows), (step - 1) * args.batch_size, args.batch_size, args.seed)]
-        tokens = sum(len(r["response_ids"]) for r in batch)  # of all processes, before any forward
+        batch = draw_step(rows, mixed, step, args)
+        lengths = [len(r["response_ids"]) for r in batch]
+        tokens = sum(lengths)  # of all processes, before any forward
         mine = batch[common.rank()::common.world_size()]
-        loss_sum = 0.0
+        loss_sum = entropy_sum = 0.0
         for indices in training.plan(mine, args.micro_batch_tokens):
             with common.checkpointed(model, args.checkpoint_activations):
-                logp, _, _ = training.response_logprobs(model, [mine[i] for i in indices])
+                logp, entropy, _ = training.response_logprobs(model, [mine[i] for i in indices])
                 loss = -logp.sum() / tokens  # denominator: response tokens of the whole optimizer step
                 loss.backward()
             loss_sum += float(loss.detach())
+            entropy_sum += float(entropy.sum())
         norm = training.apply_gradients(model, optimizer, args.grad_clip)
-        loss_sum = training.total(loss_sum)
-        if common.rank() == 0:
-            common.append_jsonl(out / "metrics.jsonl", [{"step": step, "loss": loss_sum, "grad_norm": norm, "tokens": tokens,
-                                                         "seconds": round(time.time() - start, 3)}])
+        seconds = time.time() - start
+        log({"step": step, "loss": training.total(loss_sum), "entropy": training.total(entropy_sum) / tokens,
+             "grad_norm": norm, "tokens": tokens, "length_mean": tokens / len(batch), "length_max": max(lengths),
+             "mixed_tokens": sum(n for n, r in zip(lengths, batch) if r.get("mixed")) / tokens,
+             "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": round(tokens / seconds, 1),
+             "memory_gb": training.peak_memory(device), "seconds": round(seconds, 3)})
         if args.save_every and step % args.save_every == 0 and step < args.steps:
             training.save_checkpoint(out, step, model, tokenizer, optimizer, {})
     training.finish(out, model, tokenizer)
     if common.rank() == 0:
-        print(f"{len(rows)} trajectories, {args.steps} steps, last loss {loss_sum:.4f}; model in {out / 'model'}")
+        print(f"{len(rows) + len(mixed)} trajectories, {args.steps} steps; model in {out / 'model'}")
 
 
 if __name__ == "__main__":

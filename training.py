@@ -9,9 +9,13 @@ each forward and backward is a collective: all processes run the same number of 
 """
 import argparse
 import functools
+import importlib
 import json
+import math
 import os
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -114,41 +118,87 @@ def plan(rows: list[dict], max_tokens: int) -> list[list[int]]:
     return batches + [[]] * (max(common.gather(len(batches))) - len(batches))
 
 
-def head_logprobs(head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def head_logprobs(head, hidden: Tensor, targets: Tensor, entropy: bool = True) -> tuple[Tensor, Tensor | None]:
     """log p(target) and entropy of the next-token distribution, (M,) each, from hidden (M, D) and targets (M,)."""
-    logits = head(hidden).float()  # (M, V)
-    logp = F.log_softmax(logits, -1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return logp.gather(1, targets[:, None])[:, 0], entropy
+    logp = F.log_softmax(head(hidden).float(), -1)  # (M, V)
+    spread = -(logp.detach().exp() * logp.detach()).sum(-1) if entropy else None
+    return logp.gather(1, targets[:, None])[:, 0], spread
 
 
-@gathered
-def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of every response token of the rows, (M,) with gradient; entropies (M,); owner row (M,).
+def head_divergence(head, hidden: Tensor, teacher_head, teacher_hidden: Tensor, beta: float,
+                    clip: float) -> tuple[Tensor, Tensor]:
+    """JSD_beta(teacher || student) of the next-token distributions and the student's entropy, (M,) each, from hidden (M, D).
+
+    beta KL(P || M) + (1 - beta) KL(Q || M) with P the teacher, Q the student, M = beta P + (1 - beta) Q: GKD (arXiv
+    2306.13649). As there, beta 0 and 1 stand for the limits KL(P || Q) and KL(Q || P), not for the 0 of the formula.
+    clip: largest contribution of one vocabulary entry (OPSD v3); 0 is off. The gradient is the student's alone.
+    """
+    q = F.log_softmax(head(hidden).float(), -1)  # (M, V)
+    with torch.no_grad():
+        p = F.log_softmax(teacher_head(teacher_hidden).float(), -1)  # (M, V)
+    if beta == 0:
+        terms = p.exp() * (p - q)
+    elif beta == 1:
+        terms = q.exp() * (q - p)
+    else:
+        mixture = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+        terms = beta * p.exp() * (p - mixture) + (1 - beta) * q.exp() * (q - mixture)
+    if clip:
+        terms = terms.clamp(max=clip)
+    return terms.sum(-1), -(q.detach().exp() * q.detach()).sum(-1)
+
+
+def response_hidden(model, rows: list[dict], prompt: str = "prompt_ids") -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states that predict each response token of the rows (M, D), those tokens (M,) and their rows (M,).
 
     Tokens come row by row. Rows are right-padded: under a causal mask padding is invisible to what precedes it, so there
-    is no mask to get wrong, and the tokens to score are chosen by length, never by id (padding may equal EOS). The head
-    runs on `head_rows` response positions at a time and is recomputed in the backward: B x T x V logits never exist.
-    No rows: M is 0, and the gradient zero instead of missing.
+    is no mask to get wrong, and the tokens to score are chosen by length, never by id (padding may equal EOS). No rows: M is 0.
     """
     device = model.device
-    T = max((len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows), default=1)
+    T = max((len(r[prompt]) + len(r["response_ids"]) for r in rows), default=1)
     ids = torch.zeros(max(len(rows), 1), T, dtype=torch.long)
     source, targets, owner = [], [], []
     for b, r in enumerate(rows):
-        q, n = len(r["prompt_ids"]), len(r["response_ids"])
-        ids[b, :q + n] = torch.tensor(r["prompt_ids"] + r["response_ids"])
+        q, n = len(r[prompt]), len(r["response_ids"])
+        ids[b, :q + n] = torch.tensor(r[prompt] + r["response_ids"])
         source += range(b * T + q - 1, b * T + q + n - 1)  # the next-token shift: slot t-1 predicts token t
         targets += r["response_ids"]
         owner += [b] * n
     hidden = model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, T, D)
     hidden = hidden.reshape(-1, hidden.shape[-1])[torch.tensor(source, dtype=torch.long, device=device)]  # (M, D)
-    targets = torch.tensor(targets, dtype=torch.long, device=device)
+    return hidden, *(torch.tensor(x, dtype=torch.long, device=device) for x in (targets, owner))
+
+
+@gathered
+def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
+                      entropy: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probabilities of every response token of the rows, (M,) with gradient; entropies (M,) if asked; owner row (M,).
+
+    The head runs on `head_rows` response positions at a time and is recomputed in the backward: B x T x V logits never exist.
+    """
+    hidden, targets, owner = response_hidden(model, rows)
     head = model.get_output_embeddings()
-    parts = [checkpoint(head_logprobs, head, hidden[s:s + head_rows], targets[s:s + head_rows], use_reentrant=False)
+    parts = [checkpoint(head_logprobs, head, hidden[s:s + head_rows], targets[s:s + head_rows], entropy, use_reentrant=False)
              for s in range(0, max(len(targets), 1), head_rows)]
-    logp, entropy = (torch.cat(p) for p in zip(*parts))
-    return logp, entropy, torch.tensor(owner, dtype=torch.long, device=device)
+    logp, entropies = zip(*parts)
+    return torch.cat(logp), torch.cat(entropies) if entropy else None, owner
+
+
+@gathered
+def response_divergence(model, teacher, rows: list[dict], beta: float, clip: float,
+                        head_rows: int = HEAD_ROWS) -> tuple[Tensor, Tensor]:
+    """head_divergence at every response token of the rows, (M,) with gradient in `model`; the model's entropies (M,).
+
+    The teacher reads the same responses after `teacher_ids` in place of `prompt_ids`. Chunked as response_logprobs is.
+    """
+    with torch.no_grad():
+        wanted = gathered(response_hidden)(teacher, rows, "teacher_ids")[0]  # (M, D)
+    hidden = response_hidden(model, rows)[0]
+    heads = model.get_output_embeddings(), teacher.get_output_embeddings()
+    parts = [checkpoint(head_divergence, heads[0], hidden[s:s + head_rows], heads[1], wanted[s:s + head_rows], beta, clip,
+                        use_reentrant=False) for s in range(0, max(len(hidden), 1), head_rows)]
+    divergence, entropies = zip(*parts)
+    return torch.cat(divergence), torch.cat(entropies)
 
 
 # --- optimizer step --------------------------------------------------------------------------------------------------
@@ -247,7 +297,7 @@ def load_checkpoint(out: Path, model, optimizer) -> dict:
         optimizer.load_state_dict(full)  # which moves what belongs on the device
         state = json.loads((folders[-1] / "state.json").read_text())
     if common.rank() == 0:
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             if (out / name).exists():
                 rows = [r for r in common.read_jsonl(out / name, drop_torn=True) if r["step"] <= state["step"]]
                 common.write_atomic(out / name, "".join(map(common.to_line, rows)))
@@ -273,23 +323,78 @@ def finish(out: Path, model, tokenizer) -> None:
     save_model(out / "model.tmp", model, tokenizer)
     if common.rank() == 0:
         os.replace(out / "model.tmp", out / "model")
-        trained(out)
+        remove_checkpoints(out)
     common.barrier()
 
 
-def trained(out: Path) -> bool:
-    """Whether OUT/model is there; if so its checkpoints, which a kill may have left behind, are removed."""
-    done = (out / "model").exists()
-    if done and common.rank() == 0:
-        for folder in out.glob("checkpoint*"):
-            shutil.rmtree(folder)
-    return done
+def remove_checkpoints(out: Path) -> None:
+    for folder in out.glob("checkpoint*"):
+        shutil.rmtree(folder)
+
+
+def trained(out: Path, steps: int) -> bool:
+    """Whether OUT/model is there; if so its checkpoints, which a kill may have left behind, are removed.
+
+    Raises UserError if more steps than it has are asked for: without a checkpoint there is nothing to go on from.
+    """
+    if not (out / "model").exists():
+        return False
+    last = common.read_jsonl(out / "metrics.jsonl")[-1]["step"]
+    if steps > last:
+        raise UserError(f"--steps {steps}: {out / 'model'} was finished after {last} steps and its optimizer state is gone; "
+                        "start a new run with it as --model")
+    if common.rank() == 0:
+        remove_checkpoints(out)
+    return True
+
+
+def check_steps(steps: int, state: dict) -> None:
+    """Raises UserError where a checkpoint is beyond --steps already."""
+    if state["step"] > steps:
+        raise UserError(f"--steps {steps}: the run in --out has a checkpoint of step {state['step']} already")
+
+
+# --- what a run reports ----------------------------------------------------------------------------------------------
+def open_logs(out: Path, args: argparse.Namespace, step: int):
+    """A function that takes one step's metrics to OUT/metrics.jsonl (or another file) and, where asked for, to
+    TensorBoard in OUT/tensorboard and to wandb. step: the last one done before; what TensorBoard has beyond it is hidden.
+    """
+    if common.rank() > 0:
+        return lambda metrics, name="metrics.jsonl": None
+    board = run = None
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+    if args.wandb:
+        import wandb
+        # the folder's own id: a continued run goes on in the same place, and wandb ignores the steps that it has
+        run = wandb.init(project=args.wandb, name=out.name, id=common.file_digest(out / "run.json"), resume="allow",
+                         dir=str(out), config=vars(args))
+
+    def log(metrics: dict, name: str = "metrics.jsonl") -> None:
+        common.append_jsonl(out / name, [metrics])
+        if board:
+            for key in metrics.keys() - {"step"}:
+                board.add_scalar(key, metrics[key], metrics["step"])
+            board.flush()
+        if run:
+            run.log(metrics, step=metrics["step"])
+    return log
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory this process has had so far, in GB (10^9 bytes): of the GPU's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 # --- flags -------------------------------------------------------------------------------------------------------------
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Flags that both trainers have."""
-    parser.add_argument("--steps", type=int, default=100, help="[ours] optimizer steps in all")
+    parser.add_argument("--steps", type=int, default=100, help="[ours] optimizer steps in all; a run that is not finished "
+                        "may be continued with another number")
     parser.add_argument("--lr", type=float, default=1e-5, help="[Table 7] constant learning rate of AdamW")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="[ours] the paper names none; VERL's default")
     parser.add_argument("--grad-clip", type=float, default=1.0, help="[Table 7] largest gradient norm")
@@ -301,6 +406,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
                         help="[ours] spread weights, gradients and moments over all processes (FSDP2); auto: for bfloat16 "
                              "and for several GPUs")
     parser.add_argument("--save-every", type=int, default=50, help="[ours] steps between checkpoints; 0 for none")
+    parser.add_argument("--tensorboard", action="store_true", help="[ours] metrics to OUT/tensorboard as well")
+    parser.add_argument("--wandb", metavar="PROJECT", help="[ours] metrics to this project of Weights & Biases as well")
 
 
 def check_training_args(args: argparse.Namespace) -> None:
@@ -310,6 +417,13 @@ def check_training_args(args: argparse.Namespace) -> None:
                        "micro_batch_tokens": args.micro_batch_tokens > 0, "save_every": args.save_every >= 0}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
+    for flag, module in {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}.items():
+        try:
+            if getattr(args, flag):
+                importlib.import_module(module)
+        except ImportError:
+            raise UserError(f"--{flag} needs a package that is not installed: pip install {flag}") from None
 
 
-FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "shard", "save_every")  # these do not change a result in float32
+# These do not change a result in float32: the learning rate is constant, so neither do the steps still to come
+FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "shard", "save_every", "steps", "tensorboard", "wandb")

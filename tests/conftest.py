@@ -102,7 +102,7 @@ def read(path: Path) -> list[dict]:
 
 
 def without_seconds(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in records]
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per_second", "memory"))} for r in records]
 
 
 def args_for(tmp_path: Path, *extra: str) -> argparse.Namespace:

@@ -344,7 +344,7 @@ def test_sec31_two_updates_equal_a_literal_ppo_loop():
 def fake_groups(rewards, calls):
     def sample_groups(model, tokenizer, vocab, problems, key, args, verify):
         calls.append((key, [p["id"] for p in problems]))
-        return [[{"id": p["id"], "sample": s, "reward": r, "response_ids": [5] * 4}
+        return [[{"id": p["id"], "sample": s, "reward": r, "response_ids": [5] * 4, "finish": "eos"}
                  for s, r in enumerate(rewards[p["id"]])] for p in problems]
     return sample_groups
 
