@@ -11,6 +11,7 @@ columns that end where the batch is. A finished row's slot is taken by the last 
 that is done. Columns left of every start are out of sight, and dropped when the buffers grow.
 """
 import hashlib
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,14 +80,27 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float
     if temperature == 0:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    logits = filter_logits(logits / temperature, top_k, top_p)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, V), unnormalised probabilities
-    cdf = weights.cumsum(-1)
+    logits = filter_logits(logits if temperature == 1 else logits / temperature, top_k, top_p)
+    B, V = logits.shape
+    weights = logits.new_zeros(B, -(-V // BLOCK) * BLOCK)  # unnormalised probabilities
+    torch.sub(logits, logits.amax(-1, keepdim=True), out=weights[:, :V])
+    weights[:, :V].exp_()
+    # The CDF at the end of every block, then inside the one block that u falls into: sums in float64 that a GPU's
+    # parallel scan cannot leave out of order, and a fraction of the time of one scan over V
+    weights = weights.view(B, -1, BLOCK)
+    sums = weights.sum(-1).double()  # (B, blocks)
+    cdf = sums.cumsum(-1)
     total = cdf[:, -1:]
-    # right=True: the first entry beyond u*total, so that a token of probability 0 is never drawn, not even at u = 0
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True)
-    token = token.clamp_(max=logits.shape[-1] - 1)
-    return token[:, 0], (weights.gather(1, token) / total).log()[:, 0]
+    target = u[:, None] * total
+    # right=True: the first entry beyond the target, so that nothing of probability 0 is drawn, not even at u = 0
+    block = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # (B, 1); beyond it only where nan is
+    inside = weights[torch.arange(B, device=u.device), block[:, 0]]  # (B, BLOCK)
+    cdf_inside = inside.double().cumsum(-1)
+    rest = (target - cdf.gather(1, block) + sums.gather(1, block)).clamp(min=0)
+    rest = torch.minimum(rest, cdf_inside[:, -1:] * (1 - 2**-40))  # sums is rounded: never beyond the block's last weight
+    token = torch.searchsorted(cdf_inside, rest, right=True).clamp_(max=BLOCK - 1)
+    logprob = (inside.gather(1, token) / total).log().float()
+    return (block * BLOCK + token)[:, 0], logprob[:, 0]
 
 
 # --- the batch and its KV cache ---------------------------------------------------------------------------------------
@@ -260,6 +274,8 @@ def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: 
         token, logprob = draw(logits[:, :vocab], uniforms(keys, drawn), temperature, top_k, top_p)
         done = []
         for i, (row, t, p) in enumerate(zip(rows, token.tolist(), logprob.tolist())):
+            if math.isnan(p):  # of damaged weights, or of an overflow
+                raise UserError("--model: its logits are not numbers")
             row.ids.append(t)
             row.logprobs.append(p)
             if t in stops or len(row.ids) == row.limit:
