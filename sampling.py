@@ -82,7 +82,8 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
     logits = filter_logits(logits if temperature == 1 else logits / temperature, top_k, top_p)
     B, V = logits.shape
-    weights = logits.new_zeros(B, -(-V // BLOCK) * BLOCK)  # unnormalised probabilities
+    weights = logits.new_empty(B, -(-V // BLOCK) * BLOCK)  # unnormalised probabilities, in whole blocks
+    weights[:, V:] = 0
     torch.sub(logits, logits.amax(-1, keepdim=True), out=weights[:, :V])
     weights[:, :V].exp_()
     # The CDF at the end of every block, then inside the one block that u falls into: sums in float64 that a GPU's

@@ -336,10 +336,12 @@ def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir)
              "cpu", "--batch-size", 2]
     stage("rollout.py", *flags, "--verifier", write_verifier(tmp_path / "v.py"), "--out", tmp_path / "a")
     slow = counting_verifier(tmp_path / "w.py", "time.sleep(0.3 * (RANK == '0'))")
-    stage("rollout.py", *flags, "--verifier", slow, "--out", tmp_path / "b", processes=2)
+    bar = stage("rollout.py", *flags, "--verifier", slow, "--out", tmp_path / "b", processes=2).stderr
     calls = collections.Counter((tmp_path / "w.py.log").read_text().split())
     assert sum(calls.values()) == 24  # nothing twice
     assert 2 <= calls["0"] < calls["1"]
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())  # rank 0's bar shows the work of both
+    assert "24/24 [" in bar and f"pass {summary['pass_rate']:.3f}, zero-hit {summary['zero_hit']}/12]" in bar
     assert (tmp_path / "a" / "rollouts.jsonl").read_bytes() == (tmp_path / "b" / "rollouts.jsonl").read_bytes()
 
 
