@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -202,6 +203,9 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
+store: dist.Store | None = None  # key-value store that the processes share, for Counter
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -222,6 +226,21 @@ def gather(value: object) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class Counter:
+    """A number that all processes of this run add to. Every rank makes the same ones in the same order."""
+    numbers = itertools.count()
+
+    def __init__(self):
+        self.name, self.value = f"counter {next(self.numbers)}", 0
+
+    def add(self, amount: int) -> int:
+        """Returns the new value; each of several ranks that add 1 gets another."""
+        if world_size() > 1:
+            return store.add(self.name, amount)
+        self.value += amount
+        return self.value
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
@@ -245,10 +264,14 @@ def pick_device(args: argparse.Namespace) -> torch.device:
 
 def start_group() -> None:
     """The processes that torchrun started, on one node or several, or a group of this one alone."""
+    global store
     if not dist.is_initialized():
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo",
-                                timeout=timedelta(hours=2), **alone)
+        backend, wait = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", timedelta(hours=2)
+        if "WORLD_SIZE" in os.environ:
+            store, this, processes = next(dist.rendezvous("env://", timeout=wait))
+            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=this, world_size=processes, timeout=wait)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
 
 
 def run_script(get_args, main) -> None:

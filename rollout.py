@@ -7,192 +7,37 @@ Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answe
 Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or "length"), `reward`,
         `answer`; zero_hit.jsonl: the problems none of whose N responses passed; summary.json: the pass-rate histogram.
 
-`sample` is the one sampling function of the project: every stage calls it. A row's text depends on its key and nothing
-else: not on the batch it is in, its neighbours, the number of processes or a restart (float32; see `uniforms`).
+How a response is drawn, and why its text depends on (seed, problem id, sample number) alone: sampling.py. Processes claim
+problems from one list as their batches have room, so none waits for another, and append what is finished to a part file
+each; killed at any moment, the same command samples what is missing and writes the same files.
+
+Memory  --max-batch-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a token
+        for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights). A pass over new prompts adds 8,192 tokens
+        at most. --batch-size: the most sequences decoded together, which bounds the logits, size x vocabulary.
 
 Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is replaced); sampling
 settings are these flags alone, never those of a checkpoint's generation_config.
 """
 import argparse
-import hashlib
 import json
 import math
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 import common
 from common import UserError
-
-# Dimension key: P prompts, B sequences (rows), T time, V vocabulary, D model width
+from sampling import Row, Sample, decode, draw, filter_logits, new_cache, row_key, sample, uniforms  # noqa: F401 (for callers)
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN = "Question: {problem}\n{instruction}\nAnswer:"
 DAPO = re.compile(r"\ASolve the following math problem step by step\. The last line of your response should be of the form "
                   r"Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*\Z", re.DOTALL)
-
-
-# --- sampling --------------------------------------------------------------------------------------------------------
-@dataclass
-class Sample:
-    """One response. ids ends with the end-of-sequence id where finish is "eos"; logprobs are those of the sampling
-    distribution (temperature and filters included), one per id."""
-    ids: list[int]
-    logprobs: list[float]
-    finish: str
-
-
-def row_key(*parts: object) -> int:
-    """A 63-bit key for the random numbers of one row, from (seed, id, sample, ...)."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def uniforms(keys: Tensor, position: int) -> Tensor:
-    """One float32 uniform in [0, 1) per row, (B,): a hash of (row key, position), so no generator has a state to lose.
-
-    splitmix64 (Steele et al. 2014) in wrapping int64 arithmetic; `& mask` makes the right shifts logical.
-    """
-    x = keys + (((position + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63)
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
-    return ((x >> 40) & 0xFFFFFF).float() / 2**24  # 24 bits fill a float32 mantissa exactly
-
-
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """(B, V) with all but the top-k, then all but the smallest set with probability >= top-p, at -inf."""
-    if top_k and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # the mass before a token already reaches top_p; the first is always kept
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return logits
-
-
-def draw(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their log-probabilities (B,) from logits (B, V) and uniforms (B,), by inverse CDF.
-
-    temperature 0 is greedy; its log-probability is that of the unfiltered softmax.
-    """
-    logits = logits.float()
-    if temperature == 0:
-        token = logits.argmax(-1)
-        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    logits = filter_logits(logits / temperature, top_k, top_p)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, V), unnormalised probabilities
-    cdf = weights.cumsum(-1)
-    total = cdf[:, -1:]
-    # right=True: the first entry beyond u*total, so that a token of probability 0 is never drawn, not even at u = 0
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True)
-    token = token.clamp_(max=logits.shape[-1] - 1)
-    return token[:, 0], (weights.gather(1, token) / total).log()[:, 0]
-
-
-class GrowingLayer(DynamicLayer):
-    """A layer of the KV cache with room to grow: appending a token writes that token. Transformers' own layer concatenates,
-    which copies the whole cache at every step and is most of the time of a small model."""
-
-    def __init__(self):
-        super().__init__()
-        self.buffers: list[Tensor] = []  # keys and values, (B, heads, room, head_dim); self.keys and .values are views
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if not self.buffers or end > self.buffers[0].shape[-2]:
-            room = end + max(64, end // 4)
-            buffers = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key_states, value_states)]
-            if start:
-                buffers[0][:, :, :start], buffers[1][:, :, :start] = self.keys, self.values
-            self.buffers = buffers
-        self.buffers[0][:, :, start:end], self.buffers[1][:, :, start:end] = key_states, value_states
-        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # makes new keys and values, without room
-        self.buffers = []
-
-
-def new_cache(config) -> DynamicCache:
-    """An empty KV cache for a model: growing where attention is full, Transformers' own layers where it slides."""
-    cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-@torch.no_grad()
-def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int], *, eos: list[int], vocab: int,
-           temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[list[Sample]]:
-    """Responses to P prompts, len(keys[p]) of them to prompt p, at most limits[p] tokens each.
-
-    prompts: each (T,) token ids or (T, D) input embeddings, T >= 1. keys: one row key per response (`row_key`).
-    vocab: ids at or beyond it are never produced. A prompt is prefilled once and its cache expanded; finished rows
-    leave the batch when a quarter of it is done. Returns the samples in the order of keys.
-    """
-    device = model.device
-    embed = model.get_input_embeddings()
-    prompts = [p.to(device) if p.is_floating_point() else embed(p.to(device)) for p in prompts]
-    width = max(len(p) for p in prompts)
-    x = torch.zeros(len(prompts), width, prompts[0].shape[-1], dtype=embed.weight.dtype, device=device)  # (P, T, D)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long, device=device)  # (P, T), left-padded
-    for i, p in enumerate(prompts):
-        x[i, width - len(p):] = p
-        mask[i, width - len(p):] = 1
-    # explicit positions: with left padding the model's own arange would be silently wrong
-    out = model(inputs_embeds=x, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=new_cache(model.config), use_cache=True, logits_to_keep=1)
-
-    of_prompt = torch.tensor([i for i, k in enumerate(keys) for _ in k], device=device)  # (B,)
-    cache = out.past_key_values
-    cache.batch_select_indices(of_prompt)
-    logits, mask = out.logits[of_prompt, -1], mask[of_prompt]  # (B, V), (B, T)
-    position = mask.sum(-1)  # (B,), position of the next token
-    row_keys = torch.tensor([k for ks in keys for k in ks], device=device)
-    row_limits = torch.tensor(limits, device=device)[of_prompt]
-    rows = torch.arange(len(of_prompt), device=device)  # which response each row of the batch is
-    stops = torch.tensor(eos, device=device)
-    steps = int(row_limits.max())
-    tokens = torch.zeros(len(rows), steps, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(rows), steps, device=device)
-    length = row_limits.clone()  # (B,), until an end-of-sequence id says otherwise
-    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-
-    for t in range(steps):
-        token, logprob = draw(logits[:, :vocab], uniforms(row_keys[rows], t), temperature, top_k, top_p)
-        tokens[rows, t], logprobs[rows, t] = token, logprob
-        ended = torch.isin(token, stops)
-        length[rows] = torch.where(ended & ~done, length[rows].clamp(max=t + 1), length[rows])
-        done = done | ended | (t + 1 >= row_limits[rows])
-        alive = len(done) - int(done.sum())
-        if alive == 0:
-            break
-        if alive <= 0.75 * len(done):
-            keep = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, token, mask, position, done = rows[keep], token[keep], mask[keep], position[keep], done[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
-        position = position + 1
-
-    tokens, logprobs, length = tokens.tolist(), logprobs.tolist(), length.tolist()
-    flat = [Sample(i[:n], p[:n], "eos" if i[n - 1] in eos else "length") for i, p, n in zip(tokens, logprobs, length)]
-    responses = iter(flat)
-    return [[next(responses) for _ in ks] for ks in keys]
 
 
 # --- problems and prompts --------------------------------------------------------------------------------------------
@@ -273,39 +118,33 @@ def add_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace
             raise UserError(f"--data: problem {p['id']!r} is {len(p['prompt_ids'])} tokens long, and the context of "
                             f"--model holds {context}")
         p["limit"] = int(min(args.max_new_tokens, context - len(p["prompt_ids"])))
+        if 0 < args.max_batch_tokens < len(p["prompt_ids"]) + p["limit"]:
+            raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: problem {p['id']!r} and its longest response take "
+                            f"{len(p['prompt_ids']) + p['limit']}")
 
 
 # --- rollouts of a problem set ---------------------------------------------------------------------------------------
-def make_batches(problems: list[dict], n: int, size: int) -> list[list[tuple[dict, list[int]]]]:
-    """All (problem, sample numbers) in batches of at most `size` rows. A function of the data and the size alone: not of
-    the processes or of what is done already, so that a continued run computes with the very same batches."""
-    batches, rows = [[]], 0
-    for p in problems:
-        for start in range(0, n, size):
-            numbers = list(range(start, min(start + size, n)))
-            if rows + len(numbers) > size:
-                batches.append([])
-                rows = 0
-            batches[-1].append((p, numbers))
-            rows += len(numbers)
-    return [b for b in batches if b]  # no problems, no batch: a process may have none
+def sample_records(model, tokenizer, vocab: int, rows: Iterable[tuple[dict, int]], verify, args, seed_parts: tuple,
+                   slots: int) -> Iterator[list[dict]]:
+    """Rollout records of (problem, sample number) pairs, in lists of those that finish together; row keys are
+    (*seed_parts, id, sample). Pairs are taken as slots become free; those of one problem should follow each other."""
+    def queue() -> Iterator[Row]:
+        problem = None
+        for p, number in rows:
+            if p is not problem:
+                problem, prompt = p, torch.tensor(p["prompt_ids"])  # one tensor for its samples: one prefill
+            yield Row(prompt, row_key(*seed_parts, p["id"], number), p["limit"], (p, number))
 
-
-def sample_batch(model, tokenizer, vocab: int, batch: list, verify, args, seed_parts: tuple) -> list[dict]:
-    """Rollout records of one batch of (problem, sample numbers); row keys are (*seed_parts, id, sample)."""
-    eos = common.eos_ids(model, tokenizer)
-    responses = sample(model, [torch.tensor(p["prompt_ids"]) for p, _ in batch],
-                       [[row_key(*seed_parts, p["id"], s) for s in numbers] for p, numbers in batch],
-                       [p["limit"] for p, _ in batch], eos=eos, vocab=vocab, temperature=args.temperature,
-                       top_k=args.top_k, top_p=args.top_p)
-    records = []
-    for (p, numbers), samples in zip(batch, responses):
-        for number, s in zip(numbers, samples):
-            text = tokenizer.decode(s.ids, skip_special_tokens=True)
-            records.append({"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"], "response_ids": s.ids,
-                            "response": text, "finish": s.finish, "reward": int(bool(verify(text, p["answer"]))),
+    for finished in decode(model, queue(), slots=slots, max_tokens=args.max_batch_tokens, eos=common.eos_ids(model, tokenizer),
+                           vocab=vocab, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p):
+        records = []
+        for row in finished:
+            p, number = row.tag
+            text = tokenizer.decode(row.ids, skip_special_tokens=True)
+            records.append({"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"], "response_ids": row.ids,
+                            "response": text, "finish": row.finish, "reward": int(bool(verify(text, p["answer"]))),
                             "answer": p["answer"]})
-    return records
+        yield records
 
 
 def outcome(record: dict) -> tuple[int, str, int]:
@@ -317,10 +156,42 @@ def read_outcomes(path: Path) -> dict[tuple[str, int], tuple[int, str, int]]:
     return {key: kept for key, (_, _, _, kept) in common.scan([path], outcome).items()}
 
 
+class Progress:
+    """Rank 0's bar over the work of all ranks, which add theirs to shared counters once a second. done: {(id, sample): reward}
+    of what earlier runs finished."""
+
+    def __init__(self, problems: list[dict], n: int, done: dict, label: str):
+        self.bar = tqdm(total=len(problems) * n, initial=len(done), desc=label, unit="rollout", disable=common.rank() > 0)
+        self.hits = {p["id"]: [done[p["id"], s] for s in range(n) if (p["id"], s) in done] for p in problems}
+        self.n, self.start, self.shown = n, time.time(), 0.0
+        full = [h for h in self.hits.values() if len(h) == n]
+        # rollouts, tokens (of this run alone), hits, problems with all their rollouts, those of them without a hit
+        self.before = [len(done), 0, sum(map(sum, self.hits.values())), len(full), sum(not any(h) for h in full)]
+        self.counters, self.mine = [common.Counter() for _ in self.before], [0] * len(self.before)
+
+    def add(self, records: list[dict]) -> None:
+        for r in records:
+            hits = self.hits[r["id"]]
+            hits.append(r["reward"])
+            full = len(hits) == self.n  # never true of a problem that ranks share: the bar alone misses it
+            change = 1, len(r["response_ids"]), r["reward"], full, full and not any(hits)
+            self.mine = [a + b for a, b in zip(self.mine, change)]
+        if time.time() - self.shown > 1:
+            self.show()
+
+    def show(self) -> None:
+        rollouts, tokens, hits, full, zero = (b + c.add(m) for b, c, m in zip(self.before, self.counters, self.mine))
+        self.mine, self.shown = [0] * len(self.mine), time.time()
+        self.bar.n = rollouts
+        # denominators: seconds of this run; rollouts so far
+        self.bar.set_postfix_str(f"{tokens / (time.time() - self.start):.0f} tok/s, pass {hits / max(rollouts, 1):.3f}, "
+                                 f"zero-hit {zero}/{full}")
+
+
 def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out: Path, args, label: str) -> dict:
     """Sample and verify n responses to every problem into out/rollouts.jsonl; returns its outcomes.
 
-    Each rank appends whole batches to its own part file; what is there already is not sampled again. When all is done
+    Each rank appends what it finishes to its own part file; what is there already is not sampled again. When all is done
     rank 0 merges the parts in problem order. Safe to kill at any moment.
     """
     final = out / "rollouts.jsonl"
@@ -330,22 +201,25 @@ def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out
     verify = common.load_verifier(args.verifier)
     add_prompts(problems, model, tokenizer, args)
     part, done = common.open_part(out, "rollouts", outcome)
-    mine = make_batches(problems, n, args.batch_size)[common.rank()::common.world_size()]
-    bar = tqdm(total=sum(len(s) for b in mine for _, s in b), desc=label, unit="rollout", disable=common.rank() > 0)
-    tokens = hits = seen = 0
-    start = time.time()
-    for batch in mine:
-        todo = {(p["id"], s) for p, numbers in batch for s in numbers} - done.keys()
-        if todo:
-            records = sample_batch(model, tokenizer, vocab, batch, verify, args, (args.seed,))
-            records = [r for r in records if (r["id"], r["sample"]) in todo]
-            common.append_jsonl(part, records)
-            tokens += sum(len(r["response_ids"]) for r in records)
-            hits += sum(r["reward"] for r in records)
-            seen += len(records)
-            bar.set_postfix_str(f"{tokens / (time.time() - start):.0f} tok/s, pass {hits / seen:.3f}", refresh=False)
-        bar.update(sum(len(s) for _, s in batch))
-    bar.close()
+    todo = [(p, [s for s in range(n) if (p["id"], s) not in done]) for p in problems]
+    # No more slots than a rank's share of the rows: else the first ranks would take all of a small set
+    slots = min(args.batch_size, max(1, math.ceil((len(problems) * n - len(done)) / common.world_size())))
+    pieces = [(p, numbers[i:i + slots]) for p, numbers in todo for i in range(0, len(numbers), slots)]
+    claims = common.Counter()
+
+    def claimed() -> Iterator[tuple[dict, int]]:
+        """The next piece that no rank has claimed, each time this rank's batch has room."""
+        while (i := claims.add(1) - 1) < len(pieces):
+            p, numbers = pieces[i]
+            yield from ((p, s) for s in numbers)
+
+    progress = Progress(problems, n, {key: reward for key, (_, _, _, (reward, _, _)) in done.items()}, label)
+    for records in sample_records(model, tokenizer, vocab, claimed(), verify, args, (args.seed,), slots):
+        common.append_jsonl(part, records)
+        progress.add(records)
+    common.barrier()
+    progress.show()
+    progress.bar.close()
     common.merge_parts(out, "rollouts", {p["id"]: i for i, p in enumerate(problems)})
     return read_outcomes(final)
 
@@ -374,7 +248,9 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
 
 def add_problem_args(parser: argparse.ArgumentParser) -> None:
     """Flags of every stage that reads problems and samples responses to them."""
-    parser.add_argument("--batch-size", type=int, default=64, help="[ours] sequences decoded together: the memory flag")
+    parser.add_argument("--batch-size", type=int, default=64, help="[ours] most sequences decoded together")
+    parser.add_argument("--max-batch-tokens", type=int, default=2**18,
+                        help="[ours] most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
     parser.add_argument("--instruction", default=INSTRUCTION, help="[ours] follows every problem; '' for none")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
                         help="[ours] auto: the tokenizer's chat template where it has one")
@@ -387,7 +263,8 @@ def check_sampling_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1, "top_k": args.top_k >= 0,
                        "max_new_tokens": args.max_new_tokens > 0, "limit": args.limit >= 0,
-                       **({"batch_size": args.batch_size > 0} if hasattr(args, "batch_size") else {})}.items():
+                       "batch_size": getattr(args, "batch_size", 1) > 0,  # stages that sample have no such flags
+                       "max_batch_tokens": getattr(args, "max_batch_tokens", 0) >= 0}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
 
@@ -403,7 +280,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = ("device", "batch_size")  # these do not change a result in float32
+FREE = ("device", "batch_size", "max_batch_tokens")  # these do not change a result in float32
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -110,10 +110,11 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
 def sample_groups(model, tokenizer, vocab: int, problems: list[dict], key: tuple, args, verify) -> list[list[dict]]:
     """N rollout records for each problem. key: seed, step and round, so that a prompt seen again is sampled anew."""
     groups = {p["id"]: [] for p in problems}
-    for batch in rollout.make_batches(problems, args.group_size, args.batch_size):
-        for r in rollout.sample_batch(model, tokenizer, vocab, batch, verify, args, key):
+    rows = ((p, s) for p in problems for s in range(args.group_size))
+    for records in rollout.sample_records(model, tokenizer, vocab, rows, verify, args, key, args.batch_size):
+        for r in records:
             groups[r["id"]].append(r)
-    return list(groups.values())
+    return [sorted(group, key=lambda r: r["sample"]) for group in groups.values()]  # they finish in any order
 
 
 def add_teacher_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace) -> None:
@@ -333,7 +334,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--opsd-hint {args.opsd_hint!r} has no {{answer}}")
 
 
-FREE = (*training.FREE, "batch_size", "batch_tokens", "sample_every", "warn_after")
+FREE = (*training.FREE, "batch_size", "max_batch_tokens", "batch_tokens", "sample_every", "warn_after")
 
 
 def main(args: argparse.Namespace) -> None:

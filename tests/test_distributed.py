@@ -23,10 +23,10 @@ from test_train import (
 )
 from transformers import AutoModelForCausalLM
 
-import bench
 import common
 import train_sft
 import training
+from benches import memory, tools
 from common import UserError
 
 
@@ -180,12 +180,12 @@ def test_the_memory_formula_is_what_autograd_keeps(family, tied):
     rows = [{"prompt_ids": [5] * 60, "response_ids": [6] * 140}] * 3
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(family, tied).to(dtype)
-        root, block = bench.parameters(model.config)
+        root, block = memory.parameters(model.config)
         assert root + 2 * block == sum(p.numel() for p in model.parameters())
         for checkpointed in (False, True):
             with common.checkpointed(model, checkpointed):
-                kept = bench.saved_bytes(model, training.response_logprobs, model, rows)
-            assert bench.activation_bytes(model.config, dtype.itemsize, 600, 420, checkpointed) == pytest.approx(kept, rel=0.06)
+                kept = tools.saved_bytes(model, training.response_logprobs, model, rows)
+            assert memory.activation_bytes(model.config, dtype.itemsize, 600, 420, checkpointed) == pytest.approx(kept, rel=0.06)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

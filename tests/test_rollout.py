@@ -1,4 +1,5 @@
 """rollout.py: sampling against generate() and teacher forcing, random numbers, prompts, resume."""
+import collections
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import TOKENS, args_for, run, stage, tiny_model, tiny_tokenizer, w
 
 import common
 import rollout
+import sampling
 
 PROMPTS = [torch.tensor([5, 9, 30]), torch.tensor([7]), torch.arange(20, 37)]
 
@@ -25,6 +27,126 @@ def test_greedy_tokens_equal_generate(family, tied):
                              eos_token_id=[1, 60, 61, 62], pad_token_id=1)[0, len(p):].tolist()
         assert s.ids == out
         assert s.finish == ("eos" if out[-1] in (1, 60, 61, 62) else "length")
+
+
+# --- the queue: slots refilled, rows put back -------------------------------------------------------------------------
+MANY = [torch.arange(3, 3 + n) for n in (4, 1, 9, 2, 40, 3, 1, 70, 5, 12, 2, 6)]  # longer ones join after shorter ones
+ENDS = [1, *range(60, 70)]  # about one token in 14: lengths differ much
+
+
+def watched(model, monkeypatch) -> dict:
+    """Counts of what a model is asked for: rows of each decoding step, rows prefilled, tokens that the cache has room for."""
+    seen = {"steps": [], "prefilled": 0, "room": []}
+    prefill, update = sampling.prefill, sampling.SlotLayer.update
+
+    def counting_prefill(model, rows):
+        seen["prefilled"] += len(rows)
+        return prefill(model, rows)
+
+    def counting_update(layer, keys, values, *args, **kwargs):
+        seen["room"].append(max(b.shape[0] * b.shape[2] for b in layer.buffers))
+        if layer is layer.batch.cache.layers[0]:
+            seen["steps"].append(len(keys))
+        return update(layer, keys, values, *args, **kwargs)
+
+    monkeypatch.setattr(sampling, "prefill", counting_prefill)
+    monkeypatch.setattr(sampling.SlotLayer, "update", counting_update)
+    return seen
+
+
+@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
+def test_greedy_tokens_equal_generate_while_slots_are_refilled(family, tied):
+    model = tiny_model(family, tied)
+    ours = draw(model, MANY, n=1, limit=90, temperature=0, eos=ENDS, vocab=160, slots=3)
+    for p, (s,) in zip(MANY, ours):
+        assert s.ids == model.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False, max_new_tokens=90,
+                                       eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
+
+
+def test_greedy_tokens_equal_generate_with_a_sliding_window():
+    model = tiny_model("qwen2")
+    config = model.config.to_dict() | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": [
+        "full_attention", "sliding_attention"]}
+    windowed = type(model)(type(model.config).from_dict(config)).eval()
+    windowed.load_state_dict(model.state_dict())
+    settings = {"n": 1, "limit": 40, "temperature": 0, "eos": ENDS, "vocab": 160, "slots": 4}
+    ours = draw(windowed, MANY, **settings)
+    assert ours != draw(model, MANY, **settings)  # the window matters
+    for p, (s,) in zip(MANY, ours):
+        assert s.ids == windowed.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False, max_new_tokens=40,
+                                          eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
+
+
+def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
+    model = tiny_model("qwen2")
+    keys = [[rollout.row_key(i, s) for s in range(3)] for i in range(len(MANY))]
+    limits = [5 + 9 * (i % 7) for i in range(len(MANY))]
+
+    def texts(order, **kw):
+        found = rollout.sample(model, [MANY[i] for i in order], [keys[i] for i in order], [limits[i] for i in order], eos=ENDS,
+                               vocab=TOKENS, **kw)
+        return {i: [(s.ids, s.finish) for s in x] for i, x in zip(order, found)}
+
+    ordered, backwards = list(range(len(MANY))), list(range(len(MANY)))[::-1]
+    expected = texts(ordered)
+    assert {f for x in expected.values() for _, f in x} == {"eos", "length"}
+    for slots in (1, 2, 5, 64):
+        assert texts(backwards if slots == 5 else ordered, slots=slots) == expected
+    put_back = []
+    for budget in (130, 350, 1500):
+        seen = watched(model, monkeypatch)
+        assert texts(ordered, slots=16, max_tokens=budget) == expected
+        assert max(seen["room"]) <= budget
+        put_back.append(seen["prefilled"] - 36)
+        monkeypatch.undo()
+    assert max(put_back) > 0  # rows joined again
+
+
+def test_logprobs_of_rows_that_were_put_back_equal_teacher_forced_ones(monkeypatch):
+    model = tiny_model("qwen3")
+    seen = watched(model, monkeypatch)
+    found = draw(model, PROMPTS, n=6, limit=60, eos=[1], slots=18, max_tokens=200)
+    assert seen["prefilled"] > 18
+    for p, samples in zip(PROMPTS, found):
+        for s in samples:
+            logits = model(torch.cat([p, torch.tensor(s.ids)])[None]).logits[0, len(p) - 1:-1, :TOKENS].log_softmax(-1)
+            expected = logits.gather(1, torch.tensor(s.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_no_step_is_spent_on_a_finished_row_and_the_batch_stays_full(monkeypatch):
+    model = tiny_model("qwen2")
+    seen = watched(model, monkeypatch)
+    prompts = [torch.tensor([3 + i]) for i in range(40)]
+    lengths = [len(s.ids) for x in draw(model, prompts, n=4, limit=80, eos=ENDS, slots=16) for s in x]
+    assert max(lengths) > 4 * sum(lengths) / len(lengths)  # skewed
+    assert sum(seen["steps"]) == sum(lengths) - len(lengths)  # the first token comes from the prompt's pass
+    last = max(i for i, rows in enumerate(seen["steps"]) if rows == 16)  # the queue is empty soon after
+    assert sum(seen["steps"][:last]) >= 0.9 * 16 * last
+
+
+def test_an_iterator_is_asked_for_no_more_rows_than_fit():
+    model, taken = tiny_model("qwen2"), 0
+
+    def rows():
+        nonlocal taken
+        for i in range(20):
+            taken += 1
+            yield sampling.Row(PROMPTS[i % 3], i, 10, tag=i)
+
+    finished = 0
+    for done in rollout.decode(model, rows(), slots=4, eos=[1], vocab=TOKENS):
+        finished += len(done)
+        assert taken <= finished + 4
+    assert finished == taken == 20
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    model = tiny_model("qwen2")
+    model.get_input_embeddings().weight.data[7] = torch.nan
+    for temperature in (0, 1):
+        with pytest.raises(common.UserError, match="not numbers"):
+            draw(model, PROMPTS, temperature=temperature)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -93,6 +215,33 @@ def test_uniforms_are_uniform_and_independent_across_rows_and_positions():
         assert abs((a * b).mean() * 12) < 0.02  # correlation; its standard error is 0.005
 
 
+def test_uniforms_equal_splitmix64_in_whole_numbers():
+    keys, positions, mask = [0, 5, 2**62 + 12345, 2**63 - 1], [0, 1, 7, 31999], 2**64 - 1
+    for position in positions:
+        expected = []
+        for key in keys:
+            z = (key + (position + 1) * 0x9E3779B97F4A7C15) & mask
+            z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+            z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+            expected.append(((z ^ z >> 31) >> 40 & 0xFFFFFF) / 2**24)
+        assert rollout.uniforms(torch.tensor(keys), position).tolist() == expected
+        assert rollout.uniforms(torch.tensor(keys), torch.full((4,), position)).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 12, sampling.BLOCK, 3 * sampling.BLOCK + 7])
+def test_draw_is_the_inverse_of_the_cdf(size):
+    g = torch.Generator().manual_seed(size)
+    logits = (torch.randn(1, size, generator=g) * 3).masked_fill(torch.rand(1, size, generator=g) < 0.5, -torch.inf)
+    logits[0, size // 2] = 0  # one at least
+    p = logits[0].double().softmax(-1)
+    cdf = p.cumsum(-1)
+    u = torch.cat([torch.linspace(0, 1, 4000)[:-1], torch.tensor([1 - 2**-24])])
+    token, logprob = rollout.draw(logits.expand(len(u), size), u, 1.0, 0, 1.0)
+    assert (p[token] > 0).all()
+    assert (u <= cdf[token] + 1e-6).all() and (u >= cdf[token] - p[token] - 1e-6).all()
+    torch.testing.assert_close(logprob.double(), p[token].log(), atol=1e-5, rtol=0)
+
+
 def test_a_zero_probability_token_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.49999, 0.5, 1 - 2**-24):
@@ -153,7 +302,7 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
              "--verifier", write_verifier(tmp_path / "v.py")]
     run("rollout.py", *flags, "--out", tmp_path / "a", "--batch-size", 4)
     stage("rollout.py", *flags, "--out", tmp_path / "b", "--batch-size", 64)
-    run("rollout.py", *flags, "--out", tmp_path / "c", "--batch-size", 4, processes=2)
+    run("rollout.py", *flags, "--out", tmp_path / "c", "--batch-size", 4, "--max-batch-tokens", 300, processes=2)
     whole = (tmp_path / "a" / "rollouts.jsonl").read_bytes()
     assert whole.count(b"\n") == 30
     assert (tmp_path / "b" / "rollouts.jsonl").read_bytes() == whole
@@ -172,3 +321,47 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
     # other settings in the same folder are refused
     refused = stage("rollout.py", *flags, "--out", run_dir, "--seed", 1, check=False)
     assert refused.returncode == 2 and "--seed" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+
+
+def counting_verifier(path, extra: str = "") -> str:
+    """PARITY that also notes every call in path.log: the rank and the length of the response."""
+    return write_verifier(path, f"import os, time\nRANK = os.environ.get('RANK', '0')\n"
+                          "def verify(response, gold):\n"
+                          f"    with open({f'{path}.log'!r}, 'a') as f: f.write(RANK + '\\n')\n"
+                          f"    {extra or 'pass'}\n    return len(response) % 2 == 1\n")
+
+
+def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir):
+    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 12), "-n", 2, "--max-new-tokens", 12, "--device",
+             "cpu", "--batch-size", 2]
+    stage("rollout.py", *flags, "--verifier", write_verifier(tmp_path / "v.py"), "--out", tmp_path / "a")
+    slow = counting_verifier(tmp_path / "w.py", "time.sleep(0.3 * (RANK == '0'))")
+    bar = stage("rollout.py", *flags, "--verifier", slow, "--out", tmp_path / "b", processes=2).stderr
+    calls = collections.Counter((tmp_path / "w.py.log").read_text().split())
+    assert sum(calls.values()) == 24  # nothing twice
+    assert 2 <= calls["0"] < calls["1"]
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())  # rank 0's bar shows the work of both
+    assert "24/24 [" in bar and f"pass {summary['pass_rate']:.3f}, zero-hit {summary['zero_hit']}/12]" in bar
+    assert (tmp_path / "a" / "rollouts.jsonl").read_bytes() == (tmp_path / "b" / "rollouts.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("point,processes", [(6, 1), (19, 1), (3, 2)])
+def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, processes):
+    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 4), "-n", 5, "--max-new-tokens", 40, "--device",
+             "cpu", "--batch-size", 3, "--max-batch-tokens", 600]
+    verifier = counting_verifier(tmp_path / "v.py")
+    stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "a")
+    stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b", kill_at=point, processes=processes)
+    whole = {(r["id"], r["sample"]) for path in (tmp_path / "b").glob("rollouts*.*") for r in common.read_jsonl(path, drop_torn=True)}
+    assert 0 < len(whole) < 20 or point > 10
+    (tmp_path / "v.py.log").write_text("")
+    stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b")
+    assert (tmp_path / "v.py.log").read_text().count("\n") == 20 - len(whole)
+    for name in ("rollouts.jsonl", "zero_hit.jsonl", "summary.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_a_budget_that_cannot_hold_one_response_is_refused(tmp_path, model_dir):
+    result = stage("rollout.py", "--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl"), "--out", tmp_path / "o",
+                   "--max-batch-tokens", 50, check=False)
+    assert result.returncode == 2 and "--max-batch-tokens 50" in result.stderr and len(result.stderr.strip().splitlines()) == 1

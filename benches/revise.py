@@ -1,0 +1,106 @@
+"""One Frank-Wolfe step of revise.py against Algorithm 1 written literally."""
+import argparse
+import json
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+import common
+import packed
+import revise
+from benches.tools import random_qwen2, report, saved_bytes, timed
+
+SHAPES = {"short": (150, 800, 200, 20), "long": (150, 3200, 800, 20)}  # tokens: q, r, c, template and gold together
+
+
+def random_failure(shape: tuple[int, int, int, int], vocab: int, seed: int = 1) -> tuple[revise.Failure, list[int]]:
+    """A failed rollout of so many tokens (q, r, c, template and gold together, 4 of them gold), and the template."""
+    q, r, c, a = shape
+    ids = torch.randint(0, vocab, (q + r + c + a,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-4:]), ids[-a:-4]
+
+
+def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
+    """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss, backward(),
+    then one product with the whole vocabulary. Parameters that nobody froze get gradients too."""
+    embed = model.get_input_embeddings()
+    E = E.detach().requires_grad_()
+
+    def logp(*parts: list[int]) -> torch.Tensor:
+        """sum log p of the last part's tokens, given q, E and the parts before it."""
+        ids = torch.tensor([i for p in parts for i in p], device=E.device)
+        x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype), embed(ids)])[None]
+        logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
+        n = len(parts[-1])
+        return -F.cross_entropy(logits[-n - 1:-1], ids[-n:], reduction="sum")
+
+    explore, guide = logp(f.c), -logp(template, f.gold)
+    x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype)])[None]
+    logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
+    nll = F.cross_entropy(logits[len(f.q) - 1:-1], torch.tensor(f.r, device=E.device), reduction="sum")
+    (weights[0] * explore + weights[1] * guide + weights[2] * nll).backward()
+    model.zero_grad(set_to_none=True)
+    return torch.stack([explore, guide, nll]).detach(), E.grad, (E.grad.float() @ W.float().T).argmin(-1)
+
+
+def literal_frozen_step(model, *step) -> tuple:
+    """The literal step for a model that somebody froze: what packing alone is worth."""
+    model.requires_grad_(False)
+    try:
+        return literal_step(model, *step)
+    finally:
+        model.requires_grad_(True)
+
+
+def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
+    losses, G, v = packed_steps(model, [f], template, W, E, weights)
+    return losses[0], G, v
+
+
+def packed_steps(model, batch: list[revise.Failure], template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple,
+                 checkpoint: bool = False) -> tuple:
+    """One Frank-Wolfe step of several rollouts as revise.py does it."""
+    with packed.frozen(model, checkpoint):
+        tensors = packed.pack(batch, template, weights, False, W.device)
+        losses, G = packed.losses_and_gradient(model, tensors, E)
+    return losses, G, revise.oracle(G, W, torch.arange(len(W), device=W.device))
+
+
+def main(args: argparse.Namespace) -> None:
+    device = common.pick_device(args)
+    model = random_qwen2(args, device)
+    W = model.get_input_embeddings().weight.detach()
+    weights = (1.0, 1.0, 0.1)
+    for name, shape in SHAPES.items():
+        f, template = random_failure(shape, len(W))
+        step = (model, f, template, W, revise.soft_prefix(W, f.atoms, f.weights), weights)
+        (ours, G, v), (theirs, G_literal, v_literal) = packed_step(*step), literal_step(*step)
+        agreement = {"gradient_relative_error": float((G - G_literal).norm() / G_literal.norm()),
+                     "vertices_equal": float((v == v_literal).float().mean()),
+                     "losses_relative_error": float(((ours - theirs) / theirs).abs().max())}
+        runs = [[timed(s, *step) for s in (packed_step, literal_step, literal_frozen_step)] for _ in range(args.runs)]
+        fast, slow, frozen = (statistics.median(x) for x in zip(*runs))
+        report(f"revise_step_{name}", fast, slow, "seconds", shape=shape, threads=torch.get_num_threads(),
+               ratio_to_frozen=round(frozen / fast, 3), **agreement)
+        ours, theirs, frozen = (saved_bytes(model, s, *step) for s in (packed_step, literal_step, literal_frozen_step))
+        report(f"revise_saved_bytes_{name}", ours, theirs, "bytes", shape=shape, ratio_to_frozen=round(frozen / ours, 3))
+    if device.type == "cuda":
+        bench_revise_cuda(model, W, weights, args)
+
+
+def bench_revise_cuda(model, W: torch.Tensor, weights: tuple, args: argparse.Namespace) -> None:
+    """Seconds per rollout-step and peak memory by batch size and length. Reference: the floor of operations at 790 TFLOP/s
+    (7.5 + 0.37 TFLOP for the short shape), a computed figure."""
+    floor = 9.9e-3
+    for name, shape, batch, checkpoint in [*(("1k", SHAPES["short"], n, False) for n in (1, 2, 4, 8, 16)),
+                                           ("8k", (150, 6400, 1600, 20), 1, False), ("8k", (150, 6400, 1600, 20), 1, True)]:
+        failures = [random_failure(shape, len(W), seed)[0] for seed in range(batch)]
+        E = torch.cat([revise.soft_prefix(W, f.atoms, f.weights) for f in failures])
+        step = (model, failures, random_failure(shape, len(W))[1], W, E, weights, checkpoint)
+        packed_steps(*step)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = statistics.median(timed(packed_steps, *step) for _ in range(args.runs)) / batch  # denominator: rollouts
+        print(json.dumps({"measure": f"revise_step_{name}_batch{batch}" + "_checkpointed" * checkpoint, "ours": seconds,
+                          "unit": "seconds per rollout-step", "peak_bytes": torch.cuda.max_memory_allocated(),
+                          **({"floor": floor, "share_of_floor": round(floor / seconds, 3)} if name == "1k" else {})}), flush=True)
