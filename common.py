@@ -5,11 +5,13 @@ calls these functions and stays a script that reads from top to bottom.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -18,10 +20,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
     """Bad input. The message names the flag, or the file and line, to change; the script prints it and exits with 2."""
+
+
+class LostProcess(Exception):
+    """Another process is gone or hangs. The message names its rank; the script prints it and exits with 1."""
+
+
+def printable(text: str) -> str:
+    """Control characters as escapes: neither model output nor a data file may steer a terminal."""
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -179,7 +191,10 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
     record = out / "run.json"
     if record.exists() and any(p.is_file() and not p.name.startswith("run.json") for p in out.rglob("*")):
-        before = json.loads(record.read_text())["settings"]
+        try:
+            before = json.loads(record.read_text())["settings"].copy()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--out {out}: its run.json is damaged, so that nothing tells what the folder holds") from None
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 flag = "--" + key.replace("_", "-")
@@ -210,15 +225,37 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def patience() -> timedelta:
+    """How long a process waits for the others before it gives up. It has to cover the time by which the slowest is behind
+    at the end of a stage. Raises UserError naming the variable."""
+    seconds = os.environ.get("LATENTREVISE_TIMEOUT", "7200")
+    if not seconds.isdecimal() or int(seconds) == 0:
+        raise UserError(f"LATENTREVISE_TIMEOUT {seconds!r}: expected a number of seconds")
+    return timedelta(seconds=int(seconds))
+
+
+@functools.cache
+def watch_group():
+    return dist.new_group(backend="gloo", timeout=patience())  # beside NCCL as well: only gloo knows who is missing
+
+
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    """All processes meet. Raises LostProcess if one is gone or does not come in time: rank 0 hears from all the others, and
+    they from rank 0."""
+    try:
+        if world_size() > 1:
+            dist.monitored_barrier(watch_group(), patience(), wait_all_ranks=True)
+    except RuntimeError as e:
+        missing = re.search(r"Ranks? ([\d, ]*\d) failed to pass", str(e))
+        who = f"rank {missing[1]}" if missing else "rank 0, or one that it waits for,"
+        raise LostProcess(f"{who} is gone, or did not come within {patience().seconds} s") from None
 
 
 def gather(value: object) -> list:
     """Every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
+    barrier()  # an error there names the rank, one in the collective does not
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -244,19 +281,29 @@ def pick_device(args: argparse.Namespace) -> torch.device:
 
 
 def run_script(get_args, main) -> None:
-    """Parse, start the process group if torchrun asked for one, run main(args), and report a UserError in one line."""
+    """Parse, start the process group if torchrun asked for one, run main(args), and end in one line and an exit code: 2 for
+    a UserError and for files that the system refuses, 1 for a LostProcess, 130 for Ctrl-C. The same command continues."""
     args = get_args()
+    script, code = Path(sys.argv[0]).name, 0
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo",
-                                    timeout=timedelta(hours=2))
+                                    timeout=patience())
         main(args)
     except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        code, message = 2, f"error: {e}"
+    except LostProcess as e:
+        code, message = 1, f"rank {rank()} stops: {e}; the same command continues"
+    except (OSError, SafetensorError) as e:  # a full disk, a folder that may not be written; safetensors has its own class
+        code, message = 2, f"error: {getattr(e, 'filename', None) or 'writing failed'}: {getattr(e, 'strerror', None) or e}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; the same command continues"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if code:
+        print(f"{script}: {printable(message)}", file=sys.stderr)
+        sys.exit(code)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

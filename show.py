@@ -17,18 +17,13 @@ import torch
 
 import common
 import revise
-from common import UserError
+from common import UserError, printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.15rem .6rem;text-align:right;border-bottom:1px solid #ddd}
 td.t,th.t{text-align:left;font-family:ui-monospace,monospace;white-space:pre-wrap}.p{font-family:ui-monospace,monospace;
 white-space:pre-wrap;line-height:2}.p span{padding:.2rem .1rem;border-radius:.2rem}.changed{text-decoration:underline}
 .ok{color:#060}.no{color:#900}"""
-
-
-def printable(text: str) -> str:
-    """Control characters as escapes: model output must not steer a terminal."""
-    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
 
 
 def explain(record: dict, atoms: torch.Tensor, weights: list[float], tokenizer, W: torch.Tensor) -> list[dict]:
