@@ -95,6 +95,8 @@ def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
                 try:
                     record = json.loads(line)
                     key = record["id"], record["sample"]
+                    if key in found:
+                        raise ValueError(f"sample {key[1]} of {key[0]!r} is there twice")
                     found[key] = (path, offset, len(line), keep(record))
                 except KeyError as e:
                     raise UserError(f"{path}:{number}: no field {e}") from None
@@ -336,9 +338,11 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         raise UserError(f"--model {args.model}: cannot be loaded ({reason})") from None
     if info["missing_keys"]:  # they would be random numbers, with no more than a warning
         raise UserError(f"--model {args.model}: its weights lack {sorted(info['missing_keys'])[:3]}")
-    ids = set(tokenizer.get_vocab().values())
+    ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if ids <= set(tokenizer.all_special_ids):  # what transformers makes of a Qwen folder without tokenizer files
         raise UserError(f"--model {args.model}: has no tokenizer")
+    if max(ids) >= rows:  # its prompts would index beyond the embedding
+        raise UserError(f"--model {args.model}: its tokenizer has ids up to {max(ids)}, and its embedding {rows} rows")
     model = model.to(device).eval()
     with torch.no_grad():
         some, embed = torch.arange(4, device=device)[None], model.get_input_embeddings()
@@ -346,7 +350,7 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         plain = torch.equal(embed(some), embed.weight[some]) and torch.allclose(model(some).logits, logits, rtol=1e-2, atol=1e-2)
     if not plain:
         raise UserError(f"--model {args.model}: {type(model).__name__} scales its embeddings or logits, which is not supported")
-    return model, tokenizer, min(max(ids) + 1, embed.num_embeddings)
+    return model, tokenizer, max(ids) + 1
 
 
 @contextlib.contextmanager
