@@ -189,6 +189,8 @@ def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int
                        past_key_values=cache, use_cache=True).logits[:, -1]
         position = position + 1
 
+    if logprobs.isnan().any():  # of damaged weights, or of an overflow; searchsorted would pick the last token
+        raise UserError("--model: its logits are not numbers")
     tokens, logprobs, length = tokens.tolist(), logprobs.tolist(), length.tolist()
     flat = [Sample(i[:n], p[:n], "eos" if i[n - 1] in eos else "length") for i, p, n in zip(tokens, logprobs, length)]
     responses = iter(flat)
@@ -326,7 +328,10 @@ def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out
     final = out / "rollouts.jsonl"
     if final.exists():
         common.remove_parts(out, "rollouts")
-        return read_outcomes(final)
+        found = read_outcomes(final)
+        if found.keys() != {(p["id"], s) for p in problems for s in range(n)}:  # it was cut or edited: never in a run
+            raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, and they are sampled again")
+        return found
     verify = common.load_verifier(args.verifier)
     add_prompts(problems, model, tokenizer, args)
     part, done = common.open_part(out, "rollouts", outcome)
