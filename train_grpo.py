@@ -226,6 +226,8 @@ def main(args: argparse.Namespace) -> None:
     verify = common.load_verifier(args.verifier)
     model, tokenizer, vocab = common.load_model(args, device, train=True)
     rollout.add_prompts(problems, model, tokenizer, args)
+    for p in problems if args.revise else []:  # before any work, not in the middle of it
+        revise.answer_ids(tokenizer, args.template, p["answer"])
     reference = common.load_model(args, device)[0] if args.kl_coef else None  # the initial model, also after a restart
     # Sampling and revision in bfloat16 need a copy of the float32 master weights
     actor = common.load_model(args, device)[0] if args.dtype == "bfloat16" else model
