@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -88,12 +89,15 @@ def apply_gradients(model, optimizer, grad_clip: float) -> float:
     Losses are divided by global token counts already, so gradients are summed and not averaged.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    common.barrier()  # says which process is missing, if one is; a collective does not
     for p in params:
         if p.grad is None:  # a rank without rows this step still takes part
             p.grad = torch.zeros_like(p)
         if common.world_size() > 1:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
+    if not norm.isfinite():  # on every process: from here on all weights would be nan
+        raise UserError("the gradient is not finite: nothing was changed by this step; a lower --lr, or float32, may help")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
@@ -128,11 +132,24 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, state: di
     common.barrier()
 
 
+def check_whole(folder: Path) -> None:
+    """Raises UserError for a checkpoint that lacks a file or has a cut one. A kill leaves none: it is renamed when whole."""
+    try:
+        json.loads((folder / "state.json").read_text())["step"]
+        for kind in ("model", "optimizer"):
+            paths = list(folder.glob(f"{kind}*.safetensors"))
+            for path in paths or [folder / f"{kind}.safetensors"]:
+                safe_open(path, "pt").keys()  # compares the size of the file with its header
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise UserError(f"{folder}: damaged ({e}); remove it, and the run continues from the one before") from None
+
+
 def load_checkpoint(out: Path, model, optimizer) -> dict:
     """Restore the last whole checkpoint into model and optimizer and cut metrics.jsonl back to it. {} if there is none."""
     folders = sorted(out.glob("checkpoint-*"))
     state = {"step": 0}
     if folders:
+        check_whole(folders[-1])
         weights = load_file(folders[-1] / "model.safetensors", device=str(model.device))
         missing, unexpected = model.load_state_dict(weights, strict=False)
         tied = set(getattr(model, "_tied_weights_keys", None) or ())
