@@ -111,22 +111,27 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "prefix_ids", "prefix_file", "continuations"))
+    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "losses", "gammas", "prefix_ids", "prefix_file", "continuations"))
                if r["id"] == args.id and args.sample in (None, r["sample"])]
     if records and records[-1]["losses"] and not records[-1]["gammas"]:
-        raise UserError(f"{args.file}: the prefix of {args.id} moved without Frank-Wolfe and is not stored")
+        raise UserError(f"{args.file}: the prefix of {args.id!r} moved without Frank-Wolfe and is not stored")
     if not records:
         raise UserError(f"{args.file}: no record with --id {args.id}" + (f" --sample {args.sample}" if args.sample is not None else ""))
     run = Path(args.file).parent / "run.json"
     if args.model is None and not run.exists():
         raise UserError(f"--model is needed: there is no {run}")
     settings = json.loads(run.read_text())["settings"] if run.exists() else {}
+    path = args.model or settings["model"]
     model, tokenizer, _ = common.load_model(argparse.Namespace(
-        model=args.model or settings["model"], dtype=settings.get("dtype", "float32")), torch.device("cpu"))
+        model=path, dtype=settings.get("dtype", "float32")), torch.device("cpu"))
     atoms, weights = revise.load_prefix(Path(args.file).parent, records[-1])
-    rows = explain(records[-1], atoms, weights, tokenizer, model.get_input_embeddings().weight.detach())
+    try:
+        rows = explain(records[-1], atoms, weights, tokenizer, model.get_input_embeddings().weight.detach())
+        page = (as_html if args.html else as_text)(records[-1], rows)
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{args.file}: the record of {args.id!r} was not written by revise.py for --model {path} ({e!r})") from None
     if args.html:
-        common.write_atomic(args.html, as_html(records[-1], rows))
+        common.write_atomic(args.html, page)
         print(f"written: {args.html}")
     else:
-        print(as_text(records[-1], rows))
+        print(page)
