@@ -100,7 +100,7 @@ def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
                     found[key] = (path, offset, len(line), keep(record))
                 except KeyError as e:
                     raise UserError(f"{path}:{number}: no field {e}") from None
-                except (ValueError, TypeError) as e:
+                except (ValueError, TypeError, RecursionError) as e:
                     raise UserError(f"{path}:{number}: not a record of this stage ({e!r})") from None
                 offset += len(line)
     return found
@@ -241,6 +241,18 @@ def watch_group():
     return dist.new_group(backend="gloo", timeout=patience())  # beside NCCL as well: only gloo knows who is missing
 
 
+def closed() -> list[int]:
+    """Ranks whose connection to this one is closed: a number sent to them is refused at once."""
+    found = []
+    for other in range(world_size()):
+        try:
+            if other != rank():
+                dist.isend(torch.zeros(1), other, group=watch_group()).wait(timedelta(seconds=1))
+        except RuntimeError:
+            found.append(other)
+    return found
+
+
 def barrier() -> None:
     """All processes meet. Raises LostProcess if one is gone or does not come in time: rank 0 hears from all the others, and
     they from rank 0."""
@@ -248,8 +260,9 @@ def barrier() -> None:
         if world_size() > 1:
             dist.monitored_barrier(watch_group(), patience(), wait_all_ranks=True)
     except RuntimeError as e:
-        missing = re.search(r"Ranks? ([\d, ]*\d) failed to pass", str(e))
-        who = f"rank {missing[1]}" if missing else "rank 0, or one that it waits for,"
+        late = re.search(r"Ranks? ([\d, ]*\d) failed to pass", str(e))
+        gone = late[1] if late else ", ".join(map(str, closed()))
+        who = f"rank {gone}" if gone else "rank 0, or one that it waits for,"
         raise LostProcess(f"{who} is gone, or did not come within {patience().seconds} s") from None
 
 
@@ -347,6 +360,8 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
     with torch.no_grad():
         some, embed = torch.arange(4, device=device)[None], model.get_input_embeddings()
         logits = model.get_output_embeddings()(model.base_model(some, use_cache=False).last_hidden_state)
+        if logits.isnan().any():
+            raise UserError(f"--model {args.model}: its logits are not numbers")
         plain = torch.equal(embed(some), embed.weight[some]) and torch.allclose(model(some).logits, logits, rtol=1e-2, atol=1e-2)
     if not plain:
         raise UserError(f"--model {args.model}: {type(model).__name__} scales its embeddings or logits, which is not supported")

@@ -60,8 +60,8 @@ def number(x: float | None, digits: int = 3) -> str:
 
 
 def as_text(record: dict, rows: list[dict]) -> str:
-    lines = [(f"{printable(record['id'])} rollout {record['sample']}: gold {printable(record['answer'])}, "
-              f"recovered {record['recovered']}, {len(rows)} prefix tokens, {100 * record['kept']:.0f} % kept"), "",
+    lines = [printable(f"{record['id']} rollout {record['sample']}: gold {record['answer']}, recovered {record['recovered']}, "
+                       f"{len(rows)} prefix tokens, {100 * record['kept']:.0f} % kept"), "",
              " step   gamma        gap  L_explore    L_guide      L_NLL"]
     lines += [f"{i:5d} {number(g):>7} {number(gap):>10} " + " ".join(f"{x:10.3f}" for x in loss)
               for i, g, gap, *loss in steps_of(record)]
