@@ -258,7 +258,7 @@ def barrier() -> None:
     they from rank 0."""
     try:
         if world_size() > 1:
-            dist.monitored_barrier(watch_group(), patience(), wait_all_ranks=True)
+            dist.monitored_barrier(watch_group(), patience())
     except RuntimeError as e:
         late = re.search(r"Ranks? ([\d, ]*\d) failed to pass", str(e))
         gone = late[1] if late else ", ".join(map(str, closed()))
