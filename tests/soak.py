@@ -37,11 +37,12 @@ def kill(args: argparse.Namespace, path: Path) -> bool:
     world, good = make_world(path), True
     for name in args.stages:
         for processes in (1, 2):
-            start = time.time()
             expected = files(world.undisturbed(name, processes))
+            start, out = time.time(), path / "killed"
+            good &= world.run(name, out, processes)[0] == [0] * processes and files(out) == expected
             usual = time.time() - start
+            shutil.rmtree(out)
             draw, kills, ends = random.Random(f"{args.seed} {name} {processes}"), 0, 0
-            out = path / "killed"
             while kills < args.moments:
                 ranks = world.start(name, out, processes)
                 time.sleep(draw.uniform(0, usual))

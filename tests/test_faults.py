@@ -298,24 +298,36 @@ def test_the_same_in_the_middle_of_supervised_training(tmp_path, world, number, 
     assert [m["step"] for m in read(tmp_path / "o/metrics.jsonl")] == list(range(1, 81))
 
 
-@pytest.mark.parametrize("name,rank,what", [("rollout", 0, signal.SIGKILL), ("rollout", 1, signal.SIGKILL),
-                                            ("train_grpo", 1, signal.SIGKILL), ("rollout", 1, signal.SIGSTOP),
-                                            ("train_grpo", 0, signal.SIGSTOP), ("train_grpo", 1, signal.SIGSTOP)],
-                         ids=lambda x: x.name if isinstance(x, signal.Signals) else str(x))
-def test_a_rank_that_dies_or_hangs_is_named_by_the_other_which_stops(tmp_path, world, name, rank, what):
-    world.undisturbed(name, 2)
-    (world.path / "trigger").write_text(f"{rank} 4 {int(what)}")
-    patience = {"LATENTREVISE_TIMEOUT": "3"} if what == signal.SIGSTOP else {}  # a death is noticed at once
-    ranks = world.start(name, tmp_path / "o", 2, **patience)
-    ranks[1 - rank].join(60)
-    code = ranks[1 - rank].exitcode
+@pytest.mark.parametrize("name,processes,lost,what", [
+    ("rollout", 3, 2, signal.SIGKILL), ("rollout", 3, 1, signal.SIGSTOP), ("rollout", 2, 0, signal.SIGKILL),
+    ("train_grpo", 2, 1, signal.SIGKILL), ("train_grpo", 2, 0, signal.SIGSTOP)],
+    ids=lambda x: x.name if isinstance(x, signal.Signals) else str(x))
+def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(tmp_path, world, name, processes, lost, what):
+    (world.path / "trigger").write_text(f"{lost} 4 {int(what)}")
+    patience = {"LATENTREVISE_TIMEOUT": "4"} if what == signal.SIGSTOP else {}  # a death is noticed at once
+    ranks = world.start(name, tmp_path / "o", processes, **patience)
+    others = [r for r in range(processes) if r != lost]
+    for r in others:
+        ranks[r].join(60)
+    codes = [ranks[r].exitcode for r in others]
     for p in ranks:
         p.kill()
         p.join()
-    error = last_line(Path(f"{world.path}/log.{1 - rank}.2").read_text())
-    assert code == 1, error
-    assert error.startswith(f"{name}.py: rank {1 - rank} stops: rank {rank}") and error.endswith("; the same command continues")
-    world.finishes_like_an_undisturbed_run(name, tmp_path / "o", 2)
+    assert codes == [1] * len(others)
+    for r in others:
+        said = last_line(Path(f"{world.path}/log.{r}.2").read_text())
+        assert said.startswith(f"{name}.py: rank {r} stops: rank {0 if r else lost}") and said.endswith("; the same command continues")
+    world.finishes_like_an_undisturbed_run(name, tmp_path / "o", processes)
+
+
+def test_processes_meet_before_the_gradients_are_summed(monkeypatch):
+    """A collective does not say who is missing."""
+    order, model = [], tiny_model("qwen2")
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(common, "barrier", lambda: order.append("meet"))
+    monkeypatch.setattr(training.dist, "all_reduce", lambda g: order.append("sum"))
+    training.apply_gradients(model, training.make_optimizer(model, type("", (), {"lr": 0, "weight_decay": 0})), 1.0)
+    assert order == ["meet"] + ["sum"] * len(list(model.parameters()))
 
 
 def test_torchrun_names_the_rank_that_died_and_stops_the_others(tmp_path, world):
