@@ -5,6 +5,7 @@ calls these functions and stays a script that reads from top to bottom.
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -19,10 +20,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
     """Bad input. The message names the flag, or the file and line, to change; the script prints it and exits with 2."""
+
+
+class LostProcess(Exception):
+    """Another process is gone or hangs. The message names its rank; the script prints it and exits with 1."""
+
+
+def printable(text: str) -> str:
+    """Control characters as escapes: neither model output nor a data file may steer a terminal."""
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -84,10 +95,12 @@ def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
                 try:
                     record = json.loads(line)
                     key = record["id"], record["sample"]
+                    if key in found:
+                        raise ValueError(f"sample {key[1]} of {key[0]!r} is there twice")
                     found[key] = (path, offset, len(line), keep(record))
                 except KeyError as e:
                     raise UserError(f"{path}:{number}: no field {e}") from None
-                except (ValueError, TypeError) as e:
+                except (ValueError, TypeError, RecursionError) as e:
                     raise UserError(f"{path}:{number}: not a record of this stage ({e!r})") from None
                 offset += len(line)
     return found
@@ -180,7 +193,10 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
     record = out / "run.json"
     if record.exists() and any(p.is_file() and not p.name.startswith("run.json") for p in out.rglob("*")):
-        before = json.loads(record.read_text())["settings"]
+        try:
+            before = json.loads(record.read_text())["settings"].copy()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--out {out}: its run.json is damaged, so that nothing tells what the folder holds") from None
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 flag = "--" + key.replace("_", "-")
@@ -214,15 +230,40 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def patience() -> timedelta:
+    """How long a process waits for the others before it gives up. It has to cover the time by which the slowest is behind
+    at the end of a stage. Raises UserError naming the variable."""
+    seconds = os.environ.get("LATENTREVISE_TIMEOUT", "7200")
+    if not seconds.isdecimal() or int(seconds) == 0:
+        raise UserError(f"LATENTREVISE_TIMEOUT {seconds!r}: expected a number of seconds")
+    return timedelta(seconds=int(seconds))
+
+
+@functools.cache
+def lines() -> list:
+    """A group of rank 0 with each other rank, by rank. In one group of all, gloo closes every connection when one is lost,
+    and then nobody can tell which; beside NCCL as well, whose errors name nobody."""
+    return [None] + [dist.new_group([0, other], backend="gloo", timeout=patience()) for other in range(1, world_size())]
+
+
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    """All processes meet. Raises LostProcess if one is gone or does not come in time; rank 0 knows which."""
+    others = range(1, world_size()) if rank() == 0 else [rank()]
+    for _ in range(2):  # the second round tells the others that rank 0 has met them all
+        for other in others:
+            line = lines()[other]
+            try:
+                dist.barrier(line)
+            except RuntimeError:
+                who = f"rank {other}" if rank() == 0 else "rank 0, or one that it waits for,"
+                raise LostProcess(f"{who} is gone, or did not come within {patience().seconds} s") from None
 
 
 def gather(value: object) -> list:
     """Every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
+    barrier()  # an error there names the rank, one in the collective does not
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -266,7 +307,7 @@ def start_group() -> None:
     """The processes that torchrun started, on one node or several, or a group of this one alone."""
     global store
     if not dist.is_initialized():
-        backend, wait = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", timedelta(hours=2)
+        backend, wait = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", patience()
         if "WORLD_SIZE" in os.environ:
             store, this, processes = next(dist.rendezvous("env://", timeout=wait))
             dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=this, world_size=processes, timeout=wait)
@@ -275,18 +316,28 @@ def start_group() -> None:
 
 
 def run_script(get_args, main) -> None:
-    """Parse, start the process group if torchrun asked for one, run main(args), and report a UserError in one line."""
+    """Parse, start the process group if torchrun asked for one, run main(args), and end in one line and an exit code: 2 for
+    a UserError and for files that the system refuses, 1 for a LostProcess, 130 for Ctrl-C. The same command continues."""
     args = get_args()
+    script, code = Path(sys.argv[0]).name, 0
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             start_group()
         main(args)
     except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        code, message = 2, f"error: {e}"
+    except LostProcess as e:
+        code, message = 1, f"rank {rank()} stops: {e}; the same command continues"
+    except (OSError, SafetensorError) as e:  # a full disk, a folder that may not be written; safetensors has its own class
+        code, message = 2, f"error: {getattr(e, 'filename', None) or 'writing failed'}: {getattr(e, 'strerror', None) or e}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; the same command continues"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if code:
+        print(f"{script}: {printable(message)}", file=sys.stderr)
+        sys.exit(code)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -319,17 +370,21 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         raise UserError(f"--model {args.model}: cannot be loaded ({reason})") from None
     if info["missing_keys"]:  # they would be random numbers, with no more than a warning
         raise UserError(f"--model {args.model}: its weights lack {sorted(info['missing_keys'])[:3]}")
-    ids = set(tokenizer.get_vocab().values())
+    ids, rows = set(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if ids <= set(tokenizer.all_special_ids):  # what transformers makes of a Qwen folder without tokenizer files
         raise UserError(f"--model {args.model}: has no tokenizer")
+    if max(ids) >= rows:  # its prompts would index beyond the embedding
+        raise UserError(f"--model {args.model}: its tokenizer has ids up to {max(ids)}, and its embedding {rows} rows")
     model = model.to(device).eval()
     with torch.no_grad():
         some, embed = torch.arange(4, device=device)[None], model.get_input_embeddings()
         logits = model.get_output_embeddings()(model.base_model(some, use_cache=False).last_hidden_state)
+        if logits.isnan().any():
+            raise UserError(f"--model {args.model}: its logits are not numbers")
         plain = torch.equal(embed(some), embed.weight[some]) and torch.allclose(model(some).logits, logits, rtol=1e-2, atol=1e-2)
     if not plain:
         raise UserError(f"--model {args.model}: {type(model).__name__} scales its embeddings or logits, which is not supported")
-    return model, tokenizer, min(max(ids) + 1, embed.num_embeddings)
+    return model, tokenizer, max(ids) + 1
 
 
 @contextlib.contextmanager

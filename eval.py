@@ -1,9 +1,9 @@
 """pass@k of one or several models on one or several problem sets, in one table (paper Sec. 4.1, Table 1).
 
     python eval.py --model toy_model out/sft/model --data test_hard.jsonl -n 32 --k 1 32 --out out/eval
-    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --data math500.jsonl aime24.jsonl --out out/eval
+    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks math500,aime24,aime25,amc23 --out out/eval
 
-Reads   problems as rollout.py does.
+Reads   problems as rollout.py does (--data), and the paper's six test sets by name (--benchmarks, see benchmarks.py).
 Writes  OUT/MODEL/DATA/rollouts.jsonl (every sample behind the numbers), results.json and results.md.
 
 Differs from the paper: adds the 95 % interval (bootstrap over problems).
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import benchmarks
 import common
 import rollout
 from common import UserError
@@ -64,10 +65,12 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 
 def table(results: list[dict], ks: list[int]) -> str:
-    """Markdown: a row per model, a column per problem set and k, percent with the 95 % interval; the paper's average over
-    several sets."""
+    """Markdown: a row per model, a column per problem set and k, percent with the 95 % interval, and an average: the paper's
+    over its four sets where they are among others, otherwise over all sets."""
     sets = list(dict.fromkeys(r["data"] for r in results))
-    columns = sets + ["avg"] * (len(sets) > 1)
+    paper = [d for d in sets if d in benchmarks.PAPER_AVERAGE]
+    averaged = paper if len(paper) == len(benchmarks.PAPER_AVERAGE) else sets
+    columns = sets + ["avg" if averaged == sets else "paper's avg"] * (len(sets) > 1)
     lines = ["| model | " + " | ".join(f"{d} @{k}" for d in columns for k in ks) + " |",
              "|---" * (1 + len(columns) * len(ks)) + "|"]
     for model in dict.fromkeys(r["model"] for r in results):
@@ -78,8 +81,8 @@ def table(results: list[dict], ks: list[int]) -> str:
                 low, high = r["interval"][str(k)]
                 cells.append(f"{100 * r['pass'][str(k)]:.2f} [{100 * low:.1f}, {100 * high:.1f}]")
         if len(sets) > 1:
-            mine = [r for r in results if r["model"] == model]
-            cells += [f"{100 * sum(r['pass'][str(k)] for r in mine) / len(mine):.2f}" for k in ks]  # denominator: problem sets
+            mine = [r for r in results if r["model"] == model and r["data"] in averaged]
+            cells += [f"{100 * sum(r['pass'][str(k)] for r in mine) / len(mine):.2f}" for k in ks]  # denominator: averaged sets
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -87,7 +90,11 @@ def table(results: list[dict], ks: list[int]) -> str:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_args(parser, several=True)
-    parser.add_argument("--data", required=True, nargs="+", help="[ours] problem sets, JSONL")
+    parser.add_argument("--data", nargs="+", default=[], help="[ours] problem sets, JSONL")
+    parser.add_argument("--benchmarks", type=lambda names: names.split(","), default=[],
+                        help=f"[Sec. 4.1] the paper's test sets, from the hub: of {','.join(benchmarks.TABLE)}")
+    parser.add_argument("--benchmark-dir", help="[ours] folder with NAME.jsonl for --benchmarks, instead of the hub")
+    parser.add_argument("--overlap", help="[ours] training file, JSONL: count the test problems that are in it as well")
     parser.add_argument("--out", required=True, help="[ours] output folder")
     parser.add_argument("-n", "--n", type=int, default=32, help="[Table 1] samples per problem")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 32], help="[Table 1] pass@k for these k")
@@ -96,14 +103,42 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = (*rollout.FREE, "model", "data", "k")  # models, sets and ks can be added to a folder; each pair has a record of its own
+PAIR_FREE = (*rollout.FREE, "k", "benchmarks", "benchmark_dir", "overlap")
+FREE = (*PAIR_FREE, "model", "data")  # models, sets and ks can be added to a folder; each pair has a record of its own
+
+
+def read_sets(args: argparse.Namespace) -> dict[str, tuple[list[dict], str, str]]:
+    """{name: (all problems, where from, digest)} of --data and --benchmarks. Raises UserError naming file or flag."""
+    whole = argparse.Namespace(**vars(args) | {"limit": 0})
+    names = distinct_names(args.data) if args.data else []
+    sets = {name: (rollout.read_problems(path, whole), path, common.file_digest(path)) for name, path in zip(names, args.data)}
+    for name in args.benchmarks:
+        if name in sets:
+            raise UserError(f"--benchmarks {name}: the name is taken by another problem set")
+        problems = benchmarks.load(name, args.benchmark_dir)
+        sets[name] = problems, name, benchmarks.digest(problems)
+    if not sets:
+        raise UserError("--data or --benchmarks is needed")
+    return sets
+
+
+def report_overlap(sets: dict, args: argparse.Namespace) -> dict[str, dict]:
+    """What every test set (all of it, whatever --limit) shares with --overlap; rank 0 prints it."""
+    training = benchmarks.read_training(args.overlap, args.problem_key)
+    shared = {name: benchmarks.overlap(problems, training) for name, (problems, _, _) in sets.items()}
+    if common.rank() == 0:
+        for name, ids in shared.items():
+            print(f"{name}: of {len(sets[name][0])} problems {len(ids['equal'])} are in {args.overlap}, and "
+                  f"{len(ids['contained'])} with those inside a longer problem", flush=True)
+    return shared
 
 
 def main(args: argparse.Namespace) -> list[dict]:
     rollout.check_sampling_args(args)
     if not all(1 <= k <= args.n for k in args.k):
         raise UserError(f"--k {args.k}: each must be between 1 and -n {args.n}")
-    sets = {name: rollout.read_problems(path, args) for name, path in zip(distinct_names(args.data), args.data)}
+    sets = read_sets(args)
+    shared = report_overlap(sets, args) if args.overlap else {}
     device = common.pick_device(args)
     common.load_verifier(args.verifier)  # a wrong one is noticed before anything is written
     out = common.start_run(args.out, args, FREE)
@@ -112,9 +147,10 @@ def main(args: argparse.Namespace) -> list[dict]:
         one = argparse.Namespace(**vars(args) | {"model": path})
         del model  # the one before, so that two are never in memory
         model, tokenizer, vocab = common.load_model(one, device)
-        for (data, problems), file in zip(sets.items(), args.data):
+        for data, (problems, file, digest) in sets.items():
+            problems = problems[:args.limit or None]
             pair = argparse.Namespace(**vars(one) | {"data": file})
-            folder = common.start_run(out / name / data, pair, (*rollout.FREE, "k"), data_digest=common.file_digest(file))
+            folder = common.start_run(out / name / data, pair, PAIR_FREE, data_digest=digest)
             found = rollout.run_rollouts(model, tokenizer, vocab, problems, args.n, folder, args, f"{name} {data}")
             summary = rollout.summarise(problems, args.n, found)
             correct = [sum(found[p["id"], s][0] for s in range(args.n)) for p in problems]
@@ -122,7 +158,8 @@ def main(args: argparse.Namespace) -> list[dict]:
             results.append({"model": name, "data": data, "n": args.n, "problems": len(problems),
                             "pass": {k: sum(v) / len(v) for k, v in values.items()},  # denominator: problems
                             "interval": {k: bootstrap_interval(v, args.seed) for k, v in values.items()},
-                            "mean_tokens": summary["mean_tokens"], "truncated": summary["truncated"]})
+                            "mean_tokens": summary["mean_tokens"], "truncated": summary["truncated"]}
+                           | ({"overlap": shared[data]} if shared else {}))
     if common.rank() == 0:
         common.write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
         common.write_atomic(out / "results.md", table(results, args.k) + "\n")

@@ -183,7 +183,10 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
 # --- one batch of failed rollouts, from cut to verified trajectory ----------------------------------------------------
 def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[int]]:
     """Token ids of c_tmpl and of y_GT. Raises UserError for an answer without tokens."""
-    gold = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    try:
+        gold = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    except TypeError:  # a string that is not Unicode
+        gold = []
     if not gold:
         raise UserError(f"answer {answer!r} has no tokens under the tokenizer of --model")
     return tokenizer(template, add_special_tokens=False)["input_ids"], gold
@@ -191,7 +194,8 @@ def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[i
 
 def cut(response_ids: list[int], rho: float) -> int:
     """|r| = floor(rho * tokens), end-of-sequence included in the count. 0 means that the rollout is too short to cut."""
-    return math.floor(rho * len(response_ids) + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    n = math.floor(rho * len(response_ids) + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
 
 def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argparse.Namespace, verify) -> list[dict]:
@@ -327,6 +331,8 @@ class Entry:
 def read_failures(file: Path, rho: float) -> tuple[dict[str, list[Entry]], int]:
     """The failed rollouts of every zero-hit prompt, {id: entries in sample order}, and how many were too short to cut."""
     def keep(r: dict) -> tuple:
+        if type(r["sample"]) is not int or not isinstance(r["answer"], str) or r["reward"] not in (0, 1):
+            raise ValueError("sample is not a number, answer not text, or reward not 0 or 1")
         return r["reward"], cut(r["response_ids"], rho), len(r["prompt_ids"]) + len(r["response_ids"]), r["answer"]
 
     found = common.scan([file], keep)
@@ -432,8 +438,10 @@ def main(args: argparse.Namespace) -> None:
         longest = [max(entry.tokens for entry in failures[i]) for i in names]
         batches = [[names[k] for k in batch] for batch in common.batches_by_length(longest, args.batch_tokens)]
         mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
-        for entry in (e for batch in mine for i in batch for e in failures[i]):  # before any work, not in the middle of it
-            check_rollout(common.read_at(*entry.place), model, vocab, args)
+        for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
+            for entry in failures[i]:
+                check_rollout(common.read_at(*entry.place), model, vocab, args)
+                answer_ids(tokenizer, args.template, guide.get(i, entry.answer))
         bar = tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt", disable=common.rank() > 0)
         found = seen = 0
         for batch in mine:

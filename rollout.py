@@ -197,7 +197,10 @@ def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out
     final = out / "rollouts.jsonl"
     if final.exists():
         common.remove_parts(out, "rollouts")
-        return read_outcomes(final)
+        found = read_outcomes(final)
+        if found.keys() != {(p["id"], s) for p in problems for s in range(n)}:  # it was cut or edited: never in a run
+            raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, and they are sampled again")
+        return found
     verify = common.load_verifier(args.verifier)
     add_prompts(problems, model, tokenizer, args)
     part, done = common.open_part(out, "rollouts", outcome)

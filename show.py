@@ -17,18 +17,13 @@ import torch
 
 import common
 import revise
-from common import UserError
+from common import UserError, printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.15rem .6rem;text-align:right;border-bottom:1px solid #ddd}
 td.t,th.t{text-align:left;font-family:ui-monospace,monospace;white-space:pre-wrap}.p{font-family:ui-monospace,monospace;
 white-space:pre-wrap;line-height:2}.p span{padding:.2rem .1rem;border-radius:.2rem}.changed{text-decoration:underline}
 .ok{color:#060}.no{color:#900}"""
-
-
-def printable(text: str) -> str:
-    """Control characters as escapes: model output must not steer a terminal."""
-    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
 
 
 def explain(record: dict, atoms: torch.Tensor, weights: list[float], tokenizer, W: torch.Tensor) -> list[dict]:
@@ -65,8 +60,8 @@ def number(x: float | None, digits: int = 3) -> str:
 
 
 def as_text(record: dict, rows: list[dict]) -> str:
-    lines = [(f"{printable(record['id'])} rollout {record['sample']}: gold {printable(record['answer'])}, "
-              f"recovered {record['recovered']}, {len(rows)} prefix tokens, {100 * record['kept']:.0f} % kept"), "",
+    lines = [printable(f"{record['id']} rollout {record['sample']}: gold {record['answer']}, recovered {record['recovered']}, "
+                       f"{len(rows)} prefix tokens, {100 * record['kept']:.0f} % kept"), "",
              " step   gamma        gap  L_explore    L_guide      L_NLL"]
     lines += [f"{i:5d} {number(g):>7} {number(gap):>10} " + " ".join(f"{x:10.3f}" for x in loss)
               for i, g, gap, *loss in steps_of(record)]
@@ -116,22 +111,27 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "prefix_ids", "prefix_file", "continuations"))
+    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "losses", "gammas", "prefix_ids", "prefix_file", "continuations"))
                if r["id"] == args.id and args.sample in (None, r["sample"])]
     if records and records[-1]["losses"] and not records[-1]["gammas"]:
-        raise UserError(f"{args.file}: the prefix of {args.id} moved without Frank-Wolfe and is not stored")
+        raise UserError(f"{args.file}: the prefix of {args.id!r} moved without Frank-Wolfe and is not stored")
     if not records:
         raise UserError(f"{args.file}: no record with --id {args.id}" + (f" --sample {args.sample}" if args.sample is not None else ""))
     run = Path(args.file).parent / "run.json"
     if args.model is None and not run.exists():
         raise UserError(f"--model is needed: there is no {run}")
     settings = json.loads(run.read_text())["settings"] if run.exists() else {}
+    path = args.model or settings["model"]
     model, tokenizer, _ = common.load_model(argparse.Namespace(
-        model=args.model or settings["model"], dtype=settings.get("dtype", "float32")), torch.device("cpu"))
+        model=path, dtype=settings.get("dtype", "float32")), torch.device("cpu"))
     atoms, weights = revise.load_prefix(Path(args.file).parent, records[-1])
-    rows = explain(records[-1], atoms, weights, tokenizer, model.get_input_embeddings().weight.detach())
+    try:
+        rows = explain(records[-1], atoms, weights, tokenizer, model.get_input_embeddings().weight.detach())
+        page = (as_html if args.html else as_text)(records[-1], rows)
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{args.file}: the record of {args.id!r} was not written by revise.py for --model {path} ({e!r})") from None
     if args.html:
-        common.write_atomic(args.html, as_html(records[-1], rows))
+        common.write_atomic(args.html, page)
         print(f"written: {args.html}")
     else:
-        print(as_text(records[-1], rows))
+        print(page)

@@ -350,6 +350,8 @@ def main(args: argparse.Namespace) -> None:
     verify = common.load_verifier(args.verifier)
     model, tokenizer, vocab = training.load_model(args, device, train=True)
     rollout.add_prompts(problems, model, tokenizer, args)
+    for p in problems if args.revise else []:  # before any work, not in the middle of it
+        revise.answer_ids(tokenizer, args.template, p["answer"])
     if args.algo == "opsd":
         add_teacher_prompts(problems, model, tokenizer, args)
     teacher_ids = {p["id"]: p.get("teacher_ids") for p in problems}

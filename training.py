@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -219,13 +219,16 @@ def apply_gradients(model, optimizer, grad_clip: float) -> float:
     model have been summed in the backward.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    common.barrier()  # says which process is missing, if one is; a collective does not
     if common.world_size() > 1 and not isinstance(model, FSDPModule):
         for p in params:
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(params, grad_clip))
+    if not norm.isfinite():  # on every process: from here on all weights would be nan
+        raise UserError("the gradient is not finite: nothing was changed by this step; a lower --lr, or float32, may help")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(whole(norm))
+    return float(norm)
 
 
 # --- data order and checkpoints --------------------------------------------------------------------------------------
@@ -261,6 +264,18 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, state: di
     common.barrier()
 
 
+def check_whole(folder: Path) -> None:
+    """Raises UserError for a checkpoint that lacks a file or has a cut one. A kill leaves none: it is renamed when whole."""
+    try:
+        json.loads((folder / "state.json").read_text())["step"]
+        for kind in ("model", "optimizer"):
+            paths = list(folder.glob(f"{kind}*.safetensors"))
+            for path in paths or [folder / f"{kind}.safetensors"]:
+                safe_open(path, "pt").keys()  # compares the size of the file with its header
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise UserError(f"{folder}: damaged ({e}); remove it, and the run continues from the one before") from None
+
+
 def read_tensors(paths: list[Path], fill: dict[str, Tensor]) -> set[str]:
     """Fill tensors by name from safetensors files, of each no more than the rows that this process holds: those that
     torch.chunk gives it. Returns the names that the files have."""
@@ -284,6 +299,7 @@ def load_checkpoint(out: Path, model, optimizer) -> dict:
     folders = sorted(out.glob("checkpoint-*"))
     state = {"step": 0}
     if folders:
+        check_whole(folders[-1])
         params = dict(model.named_parameters())
         saved = read_tensors(sorted(folders[-1].glob("model*.safetensors")), params)
         if saved != params.keys():
@@ -292,8 +308,11 @@ def load_checkpoint(out: Path, model, optimizer) -> dict:
         full = optimizer.state_dict()
         full["state"] = {i: {"step": torch.tensor(0.0)} | {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                          for i, p in enumerate(params.values())}
-        read_tensors(sorted(folders[-1].glob("optimizer*.safetensors")),
-                     {f"{name}.{key}": t for name, s in zip(params, full["state"].values()) for key, t in s.items()})
+        moments = {f"{name}.{key}": t for name, s in zip(params, full["state"].values()) for key, t in s.items()}
+        saved = read_tensors(sorted(folders[-1].glob("optimizer*.safetensors")), moments)
+        if saved and saved != moments.keys():  # none: no step has been taken
+            raise UserError(f"{folders[-1]}: damaged (no {sorted(moments.keys() - saved)[:1]}); remove it, and the run continues "
+                            "from the one before")
         optimizer.load_state_dict(full)  # which moves what belongs on the device
         state = json.loads((folders[-1] / "state.json").read_text())
     if common.rank() == 0:

@@ -1,0 +1,154 @@
+"""Long trials that are not part of `make test`: kills at random moments, and a long training run that must not grow.
+
+    python tests/soak.py kill                 20 kills -9 for every stage, on 1 and on 2 processes; the same bytes in the end
+    python tests/soak.py long                 300 steps of GRPO with revision on 2 processes: memory, open files, metrics
+    python tests/soak.py torchrun             a rank that is killed, and one that hangs, under torchrun
+
+Each prints what it saw and exits with 1 where a promise is broken. Set OMP_NUM_THREADS=1, and leave the machine alone.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from conftest import ROOT, read, tiny_model, tiny_tokenizer
+from test_faults import STAGES, World, files
+
+SETTLE = 60  # seconds for a group to notice that one of its ranks is gone, and to end
+
+
+def make_world(path: Path) -> World:
+    tiny_model("qwen2").save_pretrained(path / "qwen2")
+    tiny_tokenizer().save_pretrained(path / "qwen2")
+    return World(path, path / "qwen2")
+
+
+def kill(args: argparse.Namespace, path: Path) -> bool:
+    """Kill all ranks, or one of them, at moments drawn evenly over the time that an undisturbed run takes."""
+    world, good = make_world(path), True
+    for name in args.stages:
+        for processes in (1, 2):
+            expected = files(world.undisturbed(name, processes))
+            start, out = time.time(), path / "killed"
+            good &= world.run(name, out, processes)[0] == [0] * processes and files(out) == expected
+            usual = time.time() - start
+            shutil.rmtree(out)
+            draw, kills, ends = random.Random(f"{args.seed} {name} {processes}"), 0, 0
+            while kills < args.moments:
+                ranks = world.start(name, out, processes)
+                time.sleep(draw.uniform(0, usual))
+                victims = draw.choice([ranks, [draw.choice(ranks)]])
+                alive = [p for p in victims if p.is_alive()]
+                for p in alive:
+                    os.kill(p.pid, signal.SIGKILL)
+                for p in ranks:
+                    p.join(SETTLE)
+                    good &= p.exitcode is not None
+                    p.kill()
+                    p.join()
+                kills += bool(alive)
+                if not alive and all(p.exitcode == 0 for p in ranks):  # it came through: compare, and begin anew
+                    ends += 1
+                    good &= files(out) == expected
+                    shutil.rmtree(out)
+            codes, errors = world.run(name, out, processes)
+            same = codes == [0] * processes and files(out) == expected
+            print(f"{name} on {processes}: {kills} kills over {usual:.1f} s, {ends} runs ended between them; "
+                  f"{'the same bytes' if same else f'DIFFERENT: {codes} {errors}'}", flush=True)
+            good &= same
+            shutil.rmtree(out)
+    return good
+
+
+def usage(pid: int) -> tuple[int, int]:
+    """Resident memory in KB and open files of a process (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def long(args: argparse.Namespace, path: Path) -> bool:
+    """GRPO with revision on the toy model, under torchrun, watched from outside."""
+    python, out = [sys.executable], path / "grpo"
+    subprocess.run([*python, "toy.py", "data", "--out", str(path / "data")], cwd=ROOT, check=True)
+    command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py",
+               "--model", "toy_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise", "--device", "cpu",
+               "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4", "--max-new-tokens", "64",
+               "--instruction", "", "--save-every", "20", "--lr", "1e-4"]
+    with open(path / "log", "w") as log:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    seen: dict[int, list[tuple[int, int]]] = {}  # process -> (memory, open files), every time it was looked at
+    while launcher.poll() is None:
+        time.sleep(args.every)
+        done = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        if done < args.steps // 5:  # warm-up: buffers, allocator
+            continue
+        for pid in map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()):
+            try:
+                seen.setdefault(pid, []).append(usage(pid))
+            except (OSError, TypeError):
+                pass  # it has just ended
+    good = launcher.returncode == 0
+    metrics = read(out / "metrics.jsonl") if good else []
+    good &= [m["step"] for m in metrics] == list(range(1, args.steps + 1)) and (out / "model").is_dir()
+    print(f"exit {launcher.returncode}, {len(metrics)} steps without a gap: {good}; rescued in "
+          f"{sum(m['rescued'] > 0 for m in metrics)} of them" + ("" if good else f"\n{(path / 'log').read_text()[-3000:]}"))
+    seen = {pid: looks for pid, looks in seen.items() if len(looks) >= 8}
+    good &= len(seen) >= 2
+    for pid, looks in seen.items():
+        quarter = len(looks) // 4
+        memory, handles = zip(*looks)
+        early, late = statistics.median(memory[:quarter]), statistics.median(memory[-quarter:])
+        flat = late <= early * 1.03 + 4096 and max(handles[-quarter:]) <= max(handles[:2 * quarter])
+        print(f"process {pid}: {len(looks)} looks after warm-up, memory {early / 1024:.0f} -> {late / 1024:.0f} MB, open files "
+              f"{max(handles[:quarter])} -> {max(handles[-quarter:])}: {'flat' if flat else 'GROWS'}")
+        good &= flat
+    return good
+
+
+def torchrun(args: argparse.Namespace, path: Path) -> bool:
+    """What torchrun and the other ranks say and how long it takes, when rank 1 of 3 dies and when it hangs."""
+    world, good = make_world(path), True
+    for what, name in ((signal.SIGKILL, "dies"), (signal.SIGSTOP, "hangs")):
+        (world.path / "trigger").write_text(f"1 4 {int(what)}")
+        start = time.time()
+        result = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "rollout.py",
+             *map(str, world.flags["rollout"]), "--out", str(path / name)], cwd=ROOT, capture_output=True, text=True, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "LATENTREVISE_TIMEOUT": "6", "HF_HUB_OFFLINE": "1"})
+        told = [line for line in result.stderr.splitlines() if " stops: rank " in line]
+        told += re.findall(r"Root Cause.*?(rank +: \d+).*?(exitcode +: -?\d+)", result.stderr, re.DOTALL)
+        print(f"rank 1 {name}: exit {result.returncode} after {time.time() - start:.0f} s; {told}")
+        good &= result.returncode != 0 and "1" in str(told)
+        codes, errors = world.run("rollout", path / name, 3)
+        same = codes == [0] * 3 and files(path / name) == files(world.undisturbed("rollout"))
+        print("  then the same command:", "the same bytes" if same else f"DIFFERENT {errors}")
+        good &= same
+    return good
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trial", choices=["kill", "long", "torchrun"])
+    parser.add_argument("--moments", type=int, default=20, help="kills of each stage and number of processes")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="stages to kill")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the long run")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks at the long run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = get_args()
+    with tempfile.TemporaryDirectory() as folder:
+        fine = {"kill": kill, "long": long, "torchrun": torchrun}[arguments.trial](arguments, Path(folder))
+    print(json.dumps({"trial": arguments.trial, "fine": fine}))
+    sys.exit(not fine)

@@ -1,0 +1,580 @@
+"""Faults, hostile data and hostile models: the rows of the table in README "Reliability", a test each.
+
+Files are compared byte for byte with those of an undisturbed run, times left out. tests/soak.py kills at random moments.
+"""
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, child, read, run, server, tiny_model, tiny_tokenizer, without_seconds, write_problems
+from test_inputs import READERS, SAMPLERS, STAGES, Desk, desk  # noqa: F401 (a fixture)
+
+import common
+import revise
+import show
+import training
+
+# A verifier that hits and misses, and does to one process what a file named `trigger` beside it says: "rank call what".
+VERIFIER = """import os, pathlib, time
+calls = 0
+def verify(response, gold):
+    global calls
+    calls += 1
+    trigger = pathlib.Path(__file__).with_name("trigger")
+    if trigger.exists():
+        rank, call, what = trigger.read_text().split()
+        if (os.environ.get("RANK", "0"), str(calls)) == (rank, call):
+            trigger.unlink()
+            os.kill(os.getpid(), int(what))
+    return sum(map(ord, response[-1:])) % 4 == 1
+"""
+
+
+class World:
+    """A small job for every stage; runs of it, undisturbed or not."""
+
+    def __init__(self, path: Path, model_dir: Path):
+        self.path, self.straight = path, {}
+        (path / "v.py").write_text(VERIFIER)
+        data = write_problems(path / "d.jsonl", 8)
+        shared = ["--model", model_dir, "--device", "cpu"]
+        sampling = ["--verifier", f"{path / 'v.py'}:verify", "--max-new-tokens", 12]
+        self.flags = {
+            "rollout": [*shared, *sampling, "--data", data, "-n", 2, "--batch-size", 3],
+            "train_grpo": [*shared, *sampling, "--data", data, "--steps", 4, "--save-every", 2, "--batch-prompts", 4,
+                           "--group-size", 2, "--revise", "--revision-steps", 2, "--continuations", 2],
+            "eval": [*shared, *sampling, "--data", data, "-n", 2, "--k", 1, "--batch-size", 3]}
+        rollouts = self.undisturbed("rollout")
+        self.flags["revise"] = [*shared, *sampling, "--rollouts", rollouts, "--continuations", 2, "--revision-steps", 2,
+                                "--batch-tokens", 120]
+        self.flags["train_sft"] = [*shared, "--data", rollouts / "rollouts.jsonl", "--steps", 6, "--save-every", 2,
+                                   "--batch-size", 3]
+
+    def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, **env: str) -> list:
+        """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+        argv = [*map(str, self.flags[name]), "--out", str(out)]
+        ranks = [server.Process(target=child, args=(f"{name}.py", argv, f"{self.path}/log.{r}", env | group | {
+            "RANK": str(r), "LOCAL_RANK": str(r)}, kill_at)) for r in range(processes)]
+        for p in ranks:
+            p.start()
+        return ranks
+
+    def run(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, **env: str) -> tuple[list[int], list[str]]:
+        """Exit code and standard error of every process. None is waited for longer than a minute, nor left behind."""
+        ranks = self.start(name, out, processes, kill_at, **env)
+        for p in ranks:
+            p.join(60 if all(q.exitcode is None or q.exitcode == 0 for q in ranks) else 20)
+        codes = [p.exitcode for p in ranks]
+        for p in ranks:
+            p.kill()
+            p.join()
+        return codes, [Path(f"{self.path}/log.{r}.2").read_text() for r in range(processes)]
+
+    def undisturbed(self, name: str, processes: int = 1) -> Path:
+        if (name, processes) not in self.straight:
+            out = self.path / f"{name}-{processes}"
+            codes, errors = self.run(name, out, processes)
+            assert codes == [0] * processes, errors
+            self.straight[name, processes] = out
+        return self.straight[name, processes]
+
+    def finishes_like_an_undisturbed_run(self, name: str, out: Path, processes: int = 1) -> None:
+        codes, errors = self.run(name, out, processes)
+        assert codes == [0] * processes, errors
+        assert files(out) == files(self.undisturbed(name, processes))
+
+
+def files(out: Path) -> dict[str, bytes | list]:
+    """Every file under a folder but run.json, which has the time and the command; times are taken out of the metrics."""
+    def content(p: Path) -> bytes | list:
+        data = p.read_bytes()
+        return without_seconds(read(p)) if p.name == "metrics.jsonl" and data.endswith(b"\n") else data
+    return {str(p.relative_to(out)): content(p) for p in out.rglob("*") if p.is_file() and p.name != "run.json"}
+
+
+def last_line(error: str) -> str:
+    """What a stage said at its end: what follows the last progress bar."""
+    assert "Traceback" not in error, error
+    return re.split(r"[\r\n]", error.rstrip("\n"))[-1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, model_dir):
+    return World(tmp_path_factory.mktemp("faults"), model_dir)
+
+
+# --- kills, torn and damaged files ------------------------------------------------------------------------------------
+# Files change (conftest.die_at) at so many moments of rank 0, on two processes; the first two make run.json
+@pytest.mark.parametrize("name,last", [("rollout", 12), ("revise", 11), ("train_sft", 14), ("train_grpo", 11), ("eval", 14)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_and_the_same_command_gives_the_same_bytes(tmp_path, world, name, last, processes):
+    moment = random.Random(f"{name} {processes}").randint(3, last)
+    codes, _ = world.run(name, tmp_path / "o", processes, kill_at=moment)
+    assert -signal.SIGKILL in codes and 0 not in codes[:1]
+    world.finishes_like_an_undisturbed_run(name, tmp_path / "o", processes)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_runs_with_one_seed_are_identical(tmp_path, world, name):
+    world.finishes_like_an_undisturbed_run(name, tmp_path / "o")
+
+
+def test_a_part_file_cut_at_any_byte_keeps_its_whole_lines_alone(tmp_path):
+    lines = [common.to_line({"id": "\u2028\ud800\n", "sample": s, "reward": 1}).encode() for s in range(2)]
+    for cut in range(len(lines[1]) + 1):
+        (tmp_path / "x.rank0.part").write_bytes(lines[0] + lines[1][:cut])
+        part, done = common.open_part(tmp_path, "x", lambda record: record["reward"])
+        assert part.read_bytes() == b"".join(lines[:1 + (cut == len(lines[1]))])
+        assert [s for _, s in done] == [0, 1][:1 + (cut == len(lines[1]))]
+
+
+def test_leftover_temporary_files_are_written_over(tmp_path, world):
+    for name, kill_at, leftovers in [("train_sft", 8, ["checkpoint.tmp/model.safetensors", "checkpoint.tmp/more",
+                                                       "model.tmp/model.safetensors", "model.tmp/more", "metrics.jsonl.tmp"]),
+                                     ("rollout", 7, ["rollouts.jsonl.tmp", "zero_hit.jsonl.tmp", "summary.json.tmp"])]:
+        world.run(name, tmp_path / name, kill_at=kill_at)
+        for leftover in leftovers:
+            (tmp_path / name / leftover).parent.mkdir(exist_ok=True)
+            (tmp_path / name / leftover).write_text('{"half": ')
+        world.finishes_like_an_undisturbed_run(name, tmp_path / name)
+
+
+DAMAGE = {"a cut model": ("model.safetensors", -1), "a cut optimizer": ("optimizer.safetensors", 100),
+          "an empty model": ("model.safetensors", 0), "a cut state": ("state.json", 5), "no optimizer": ("optimizer.safetensors", None)}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world):
+    world.run("train_sft", tmp_path / "o", kill_at=11)
+    assert sorted(p.name for p in tmp_path.glob("o/checkpoint-*")) == ["checkpoint-000002", "checkpoint-000004"]
+    whole = shutil.copytree(tmp_path / "o", tmp_path / "whole")
+    for kind, (name, size) in DAMAGE.items():
+        path = tmp_path / "o/checkpoint-000004" / name
+        data = path.read_bytes()
+        path.unlink()
+        if size is not None:
+            path.write_bytes(data[:size])
+        before = files(tmp_path / "o")
+        with pytest.raises(common.UserError, match=r"checkpoint-000004: damaged .*remove it"):
+            training.load_checkpoint(tmp_path / "o", tiny_model("qwen2"), None)
+        if kind == "a cut model":
+            codes, errors = world.run("train_sft", tmp_path / "o")
+            assert codes == [2] and re.match(r"train_sft\.py: error: .*checkpoint-000004: damaged", last_line(errors[0]))
+        assert files(tmp_path / "o") == before
+        path.write_bytes(data)
+    assert files(tmp_path / "o") == files(whole)
+    shutil.rmtree(tmp_path / "o/checkpoint-000004")
+    world.finishes_like_an_undisturbed_run("train_sft", tmp_path / "o")
+
+
+class Trap:
+    """Pickled code that leaves a file behind when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
+    model = tiny_model("qwen2")
+    training.save_checkpoint(tmp_path, 2, model, tiny_tokenizer(), training.make_optimizer(
+        model, type("", (), {"lr": 0.1, "weight_decay": 0})), {})
+    folder = tmp_path / "checkpoint-000002"
+    for name, pickled in [("model.safetensors", "pytorch_model.bin"), ("optimizer.safetensors", "optimizer.pt")]:
+        safe = (folder / name).read_bytes()
+        for place in (pickled, name):  # beside the name that is expected, and under it
+            (folder / name).unlink()
+            torch.save(Trap(tmp_path / "sprung"), folder / place)
+            with pytest.raises(common.UserError, match="damaged"):
+                training.load_checkpoint(tmp_path, model, None)
+            (folder / place).unlink()
+            (folder / name).write_bytes(safe)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["rollout", "eval"])
+def test_finished_rollouts_that_were_cut_are_not_taken_for_whole(tmp_path, world, name):
+    out = shutil.copytree(world.undisturbed(name), tmp_path / "o")
+    final = next(out.rglob("rollouts.jsonl"))
+    lines = final.read_text().splitlines(keepends=True)
+    for text, message in [("".join(lines[:-1]), "does not hold 2 rollouts of each problem; remove it"),
+                          ("".join(lines)[:-9], r"rollouts\.jsonl:16: not a record"),
+                          ("".join(lines + lines[3:4]), r"rollouts\.jsonl:17: .*there twice")]:
+        final.write_text(text)
+        codes, errors = world.run(name, out)
+        assert codes == [2] and re.search(message, last_line(errors[0])), errors
+    final.unlink()
+    world.finishes_like_an_undisturbed_run(name, out)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": 3}', '{"settings', "\xff"])
+def test_a_damaged_run_json_is_not_taken_for_other_settings(desk, text):  # noqa: F811
+    assert desk.run("rollout", {})[0] == 0
+    (desk.out / "run.json").write_text(text, encoding="latin-1")
+    desk.fails("rollout", "its run.json is damaged, so that nothing tells what the folder holds")
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def disk(tmp_path):
+    """mount(options): a small disk of its own at the path returned, unmounted after the test."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(options: str) -> Path:
+        result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
+        if result.returncode:
+            pytest.skip("mounting a small disk takes root")
+        return path
+
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", path], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("name,size,processes", [("rollout", "12k", 1), ("rollout", "12k", 2), ("train_sft", "200k", 1)])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(disk, world, name, size, processes):
+    out = disk(f"size={size}") / "o"
+    codes, errors = world.run(name, out, processes)
+    assert 2 in codes and 0 not in codes, errors
+    full, lost = rf"{name}\.py: error: .*No space left on device.*", rf"{name}\.py: rank (0 stops: rank 1|1 stops: rank 0) .*"
+    assert all(re.fullmatch(full if code == 2 else lost, last_line(error)) for code, error in zip(codes, errors)), errors
+    disk("remount,size=8m")
+    world.finishes_like_an_undisturbed_run(name, out, processes)
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, disk, world):
+    shutil.copytree(world.undisturbed("rollout"), disk("size=8m") / "begun")
+    (tmp_path / "disk/begun/summary.json").unlink()
+    before = files(tmp_path / "disk")
+    disk("remount,ro")
+    for name in ("new", "begun"):
+        codes, errors = world.run("rollout", tmp_path / "disk" / name)
+        assert codes == [2] and re.fullmatch(r"rollout\.py: error: .*Read-only file system.*", last_line(errors[0])), errors
+    assert files(tmp_path / "disk") == before
+
+
+# --- signals, and processes that die or hang ----------------------------------------------------------------------------
+@pytest.mark.parametrize("name,number,code", [*[(name, signal.SIGINT, 130) for name in SAMPLERS],
+                                              ("rollout", signal.SIGTERM, -15), ("train_grpo", signal.SIGTERM, -15)])
+def test_ctrl_c_and_sigterm_in_mid_step_leave_a_run_to_continue(tmp_path, world, name, number, code):
+    world.undisturbed(name)
+    (world.path / "trigger").write_text(f"0 7 {int(number)}")
+    codes, errors = world.run(name, tmp_path / "o")
+    assert not (world.path / "trigger").exists() and codes == [code]
+    if number == signal.SIGINT:
+        assert last_line(errors[0]) == f"{name}.py: interrupted; the same command continues"
+    world.finishes_like_an_undisturbed_run(name, tmp_path / "o")
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
+def test_the_same_in_the_middle_of_supervised_training(tmp_path, world, number, code, monkeypatch):
+    monkeypatch.setitem(world.flags, "train_sft", [*world.flags["train_sft"], "--steps", 80])
+    process, = world.start("train_sft", tmp_path / "o")
+    while process.is_alive() and not list(tmp_path.glob("o/checkpoint-*")):
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == code
+    step = max(int(p.name[11:]) for p in tmp_path.glob("o/checkpoint-0*"))
+    assert 2 <= step < 80
+    monkeypatch.setitem(world.flags, "train_sft", [*world.flags["train_sft"], "--save-every", 0])
+    assert world.run("train_sft", tmp_path / "o")[0] == [0]
+    assert [m["step"] for m in read(tmp_path / "o/metrics.jsonl")] == list(range(1, 81))
+
+
+@pytest.mark.parametrize("name,processes,lost,what", [
+    ("rollout", 3, 2, signal.SIGKILL), ("rollout", 3, 1, signal.SIGSTOP), ("rollout", 2, 0, signal.SIGKILL),
+    ("train_grpo", 2, 1, signal.SIGKILL), ("train_grpo", 2, 0, signal.SIGSTOP)],
+    ids=lambda x: x.name if isinstance(x, signal.Signals) else str(x))
+def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(tmp_path, world, name, processes, lost, what):
+    (world.path / "trigger").write_text(f"{lost} 4 {int(what)}")
+    patience = {"LATENTREVISE_TIMEOUT": "4"} if what == signal.SIGSTOP else {}  # a death is noticed at once
+    ranks = world.start(name, tmp_path / "o", processes, **patience)
+    others = [r for r in range(processes) if r != lost]
+    for r in others:
+        ranks[r].join(60)
+    codes = [ranks[r].exitcode for r in others]
+    for p in ranks:
+        p.kill()
+        p.join()
+    assert codes == [1] * len(others)
+    for r in others:
+        said = last_line(Path(f"{world.path}/log.{r}.2").read_text())
+        assert said.startswith(f"{name}.py: rank {r} stops: rank {0 if r else lost}") and said.endswith("; the same command continues")
+    world.finishes_like_an_undisturbed_run(name, tmp_path / "o", processes)
+
+
+def test_processes_meet_before_the_gradients_are_summed(monkeypatch):
+    """A collective does not say who is missing."""
+    order, model = [], tiny_model("qwen2")
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(common, "barrier", lambda: order.append("meet"))
+    monkeypatch.setattr(training.dist, "all_reduce", lambda g: order.append("sum"))
+    training.apply_gradients(model, training.make_optimizer(model, type("", (), {"lr": 0, "weight_decay": 0})), 1.0)
+    assert order == ["meet"] + ["sum"] * len(list(model.parameters()))
+
+
+def test_torchrun_names_the_rank_that_died_and_stops_the_others(tmp_path, world):
+    (world.path / "trigger").write_text("1 4 9")
+    result = run("rollout.py", *world.flags["rollout"], "--out", tmp_path / "o", processes=2, check=False)
+    assert result.returncode != 0 and re.search(r"Root Cause.*rank +: 1 .*exitcode +: -9", result.stderr, re.DOTALL)
+    world.finishes_like_an_undisturbed_run("rollout", tmp_path / "o", 2)
+
+
+@pytest.mark.parametrize("seconds", ["0", "x", "-1", "1.5", ""])
+def test_a_timeout_that_is_no_number_of_seconds(monkeypatch, seconds):
+    monkeypatch.setenv("LATENTREVISE_TIMEOUT", seconds)
+    with pytest.raises(common.UserError, match="LATENTREVISE_TIMEOUT"):
+        common.patience()
+
+
+# --- malformed input, beside tests/test_inputs.py ---------------------------------------------------------------------
+BAD_ROLLOUTS = {  # a record, the error it gives
+    "not an object": ("[1]", "not a record"), "text": ('"x"', "not a record"), "null": ("null", "not a record"),
+    "torn": ('{"id": "p1", "samp', "not a record"), "empty line": ("", "not a record"), "deep": ("[" * 100_000, "not a record"),
+    "list as id": ({"id": [1]}, "not a record"), "list as sample": ({"sample": [0]}, "not a record"),
+    "no id": ({"id": ...}, "no field 'id'"),
+    "no prompt": ({"prompt_ids": ...}, "no field 'prompt_ids'"), "no reward": ({"reward": ...}, "no field 'reward'"),
+    "same id and sample": ({"id": "p0"}, "sample 0 of 'p0' is there twice"),
+    "control characters": ({"id": "p0", "sample": "\x1b[2J\n"}, "sample is not a number"),
+    **{f"sample {v!r}": ({"sample": v}, "sample is not a number") for v in (None, "0", 1.5, True)},
+    **{f"reward {v!r}": ({"reward": v}, "reward not 0 or 1") for v in (None, "0", 2, 0.5, [0], float("nan"))},
+    **{f"answer {v!r}": ({"answer": v}, "answer not text") for v in (None, 5, [], ["5"], {})},
+    **{f"answer {v!r}": ({"answer": v}, "has no tokens under the tokenizer") for v in ("", "\ud800")},
+    **{f"prompt {v!r}": ({"prompt_ids": v}, "'prompt_ids' is not a list of token ids") for v in ([], [-1], [160], [10**30], [True], "ab")},
+    **{f"response {v!r}"[:40]: ({"response_ids": v}, "(not a record|'response_ids' is not a list of token ids)")
+       for v in (5, None, {"a": 1, "b": 2, "c": 3}, [[7]] * 10, [None] * 10)}}
+
+
+@pytest.mark.parametrize("case", BAD_ROLLOUTS)
+def test_bad_rollouts(desk, case):  # noqa: F811
+    changes, message = BAD_ROLLOUTS[case]
+    file = desk.rollouts / "rollouts.jsonl"
+    first, second = file.read_text().splitlines()
+    if isinstance(changes, dict):
+        changes = json.dumps({k: v for k, v in (json.loads(second) | changes).items() if v is not ...})
+    file.write_text(f"{first}\n{changes}\n")
+    desk.fails("revise", message)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_model_whose_weights_are_not_numbers(desk, name):  # noqa: F811
+    path = desk.path / "model"
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    desk.fails(name, "its logits are not numbers", {"--model": path})
+
+
+def test_logits_that_become_nan_in_mid_response(monkeypatch):
+    model, calls = tiny_model("qwen2"), []
+    forward = model.forward
+
+    def later(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 5:
+            out.logits[:, :, 7] = torch.nan
+        return out
+
+    monkeypatch.setattr(model, "forward", later)
+    from rollout import sample
+    with pytest.raises(common.UserError, match="logits are not numbers"):
+        sample(model, [torch.tensor([5, 6])], [[1, 2]], [8], eos=[], vocab=150)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    model = tiny_model("qwen2")
+    before = [p.clone() for p in model.parameters()]
+    optimizer = training.make_optimizer(model, type("", (), {"lr": 0.1, "weight_decay": 0.1}))
+    for bad in (torch.nan, torch.inf):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.model.norm.weight.grad[0] = bad
+        with pytest.raises(common.UserError, match="gradient is not finite"):
+            training.apply_gradients(model, optimizer, 1.0)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_tokenizer_larger_than_the_embedding(desk, name):  # noqa: F811
+    path, tokenizer = desk.path / "model", tiny_tokenizer()
+    tiny_model("qwen2").save_pretrained(path)
+    tokenizer.add_tokens([f"<more{i}>" for i in range(11)])  # ids 150 to 160, of 160 rows
+    tokenizer.save_pretrained(path)
+    desk.fails(name, "its tokenizer has ids up to 160, and its embedding 160 rows", {"--model": path})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_model_that_never_ends_a_response(desk, name):  # noqa: F811
+    path, tokenizer, model = desk.path / "model", tiny_tokenizer(), tiny_model("qwen2")
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+        if (path / file).exists():
+            settings = json.loads((path / file).read_text())
+            (path / file).write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token_id"} | (
+                {"eos_token": None} if file.startswith("tok") else {})))
+    code, err = desk.run(name, {"--model": path})
+    assert code == 2 and "no end-of-sequence id" in last_line(err), err
+
+
+@pytest.mark.parametrize("name", ["revise", "train_grpo"])
+def test_golds_without_tokens_are_found_before_any_work(desk, name, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(revise, "revise_batch", None)  # never reached
+    desk.data.write_text("".join(common.to_line({"id": i, "problem": "1+1?", "answer": "2" if i < 9 else "\ud800"})
+                                 for i in range(10)))
+    desk.write_rollouts(answer="\ud800")
+    desk.fails(name, r"answer '\\ud800' has no tokens under the tokenizer of --model")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_prompt_may_fill_the_context_but_for_one_token(desk, name):  # noqa: F811
+    flags = {"--prompt-format": "plain", "--instruction": ""}
+    empty = len("Question: \n\nAnswer:")
+    desk.data.write_text(common.to_line({"id": "a", "problem": "x" * (512 - empty), "answer": "1"}))
+    desk.fails(name, "problem 'a' is 512 tokens long, and the context of --model holds 512", flags)
+    desk.data.write_text(common.to_line({"id": "a", "problem": "x" * (511 - empty), "answer": "1"}))
+    assert desk.run(name, flags)[0] == 0
+
+
+@pytest.mark.parametrize("rho", [1e-9, 0.2, 0.5, 0.8, 0.99, 1 - 1e-12])
+def test_sec3_no_cut_leaves_a_continuation_empty(rho):
+    for n in range(200):
+        assert 0 <= revise.cut([7] * n, rho) < max(n, 1)
+
+
+def test_rho_that_leaves_every_prefix_empty_is_counted(desk):  # noqa: F811
+    assert desk.run("revise", {"--rho": "0.001"})[0] == 0
+    assert json.loads((desk.out / "summary.json").read_text())["skipped_too_short"] == 2
+    assert (desk.out / "recovered.jsonl").read_text() == ""
+    empty = {"--data": desk.out / "recovered.jsonl", "--out": desk.path / "more"}
+    desk.fails("train_sft", "no rows to train on", empty)
+
+
+@pytest.mark.parametrize("name", STAGES[2:])
+def test_empty_responses_and_nothing_to_learn_from(desk, name):  # noqa: F811
+    """Every response is no more than end-of-sequence: nothing to cut, in GRPO no signal; SFT on no rows is refused."""
+    (desk.path / "v.py").write_text("def verify(response, gold):\n    return False\n")
+    desk.rows.write_text(json.dumps({"prompt_ids": [5], "response_ids": [1], "reward": 0}) + "\n")
+    if name == "train_sft":
+        desk.fails(name, "no rows to train on")
+        return
+    code, err = desk.run(name, {"--max-new-tokens": 1})
+    assert code == 0, err
+    if name == "train_grpo":
+        metrics, = read(desk.out / "metrics.jsonl")
+        assert metrics["zero_hit"] == 1 and metrics["rescued"] == metrics["reward"] == metrics["grad_norm"] == 0
+
+
+# --- hostile text and hostile models -------------------------------------------------------------------------------------
+HOSTILE = ["../../x", "/tmp/x", "\x1b[2J\x1b]0;x\x07", "a\nb\r\u2028\u0085c", "<script>alert(1)</script>", '"}\n{"id": 1', "\x00", "NaN", "~"]
+
+
+def test_hostile_ids_problems_and_golds_go_through_as_text(tmp_path, world):
+    """No file outside --out, every line of JSONL whole, nothing for the terminal to obey."""
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(common.to_line({"id": t, "problem": f"{i} {t}", "answer": f"{t}?"}) for i, t in enumerate(HOSTILE)))
+    flags = [*world.flags["eval"], "--data", data]
+    (tmp_path / "in").mkdir()
+    before = {p for p in tmp_path.parent.rglob("*") if p.is_file()}
+    for name, more in [("rollout", ["--data", data, "-n", 2]), ("revise", ["--rollouts", tmp_path / "in/rollout"]),
+                       ("eval", ["--data", data])]:
+        hostile = World.__new__(World)
+        hostile.path, hostile.flags = world.path, {name: [*(world.flags[name] if name != "eval" else flags), *more]}
+        codes, errors = hostile.run(name, tmp_path / "in" / name)
+        assert codes == [0], errors
+        shown = errors[0] + Path(f"{world.path}/log.0.1").read_text()
+        assert not set(shown) & set("\x00\x07\u2028\u0085") and "\x1b[2J" not in shown and "\x1b]" not in shown
+    new = {p for p in tmp_path.parent.rglob("*") if p.is_file()} - before
+    assert new and all(p.is_relative_to(tmp_path / "in") or "log." in p.name for p in new)
+    rows = [json.loads(line) for line in (tmp_path / "in/rollout/rollouts.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [r["id"] for r in rows] == [t for t in HOSTILE for _ in range(2)]
+    assert [r["answer"] for r in rows] == [f"{t}?" for t in HOSTILE for _ in range(2)]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_ids_in_an_error_stay_one_printable_line(desk, text):  # noqa: F811
+    desk.data.write_text(common.to_line({"id": text, "problem": "x", "answer": "1"}) * 2)
+    assert desk.fails("rollout", "was used by record 1")[:-1].isprintable()
+    desk.data.write_text(common.to_line({"id": text, "problem": "x" * 600, "answer": "1"}))
+    assert desk.fails("rollout", "tokens long")[:-1].isprintable()
+
+
+def test_hostile_file_names_in_an_error_stay_one_printable_line(desk):  # noqa: F811
+    assert desk.fails("rollout", "cannot be read", {"--data": desk.path / "\x1b[2J\nx"})[:-1].isprintable()
+
+
+WRONG = [None, True, -1, 1.5, "x", "", [], {}, ["x"], [[1]], 10**30, [10**30], [-1], "\ud800", "\x1b[2J\n"]
+
+
+@pytest.mark.parametrize("field", ["prefix_ids", "projected_ids", "atoms", "gammas", "gaps", "losses", "kept", "answer",
+                                   "recovered", "continuations", "sample"])
+@pytest.mark.parametrize("html", [False, True], ids=["text", "html"])
+def test_show_says_what_it_cannot_read_and_shows_the_rest_as_text(tmp_path, model_dir, monkeypatch, capsys, field, html):
+    from test_show import record
+    model = common.load_model(type("", (), {"model": str(model_dir), "dtype": "float32"}), torch.device("cpu"))
+    monkeypatch.setattr(common, "load_model", lambda *_: model)
+    file, page = tmp_path / "r.jsonl", tmp_path / "p.html"
+    for wrong in WRONG:
+        file.write_text(common.to_line(record(**{field: wrong})))
+        argv = [str(file), "--id", "p", "--model", str(model_dir), *(["--html", str(page)] if html else [])]
+        try:
+            show.main(show.get_args(argv))
+        except common.UserError as e:
+            assert str(file) in str(e)
+        shown = capsys.readouterr().out + (page.read_text() if page.exists() else "")
+        assert "\x1b" not in shown and "\ud800" not in shown
+
+
+def test_code_that_comes_with_a_model_is_never_run(desk):  # noqa: F811
+    path = desk.path / "model"
+    shutil.copytree(desk.flags["rollout"]["--model"], path)
+    (path / "evil.py").write_text(f"open({str(desk.path / 'sprung')!r}, 'w')\n"
+                                  "from transformers import Qwen2ForCausalLM as Model, Qwen2Config as Config\n")
+    for file in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((path / file).read_text())
+        (path / file).write_text(json.dumps(settings | {"auto_map": {
+            "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", "evil.Model"]}}))
+    desk.run("rollout", {"--model": path})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+    desk.fails("rollout", "--model", {"--model": path, "--out": desk.path / "o2"})
+    assert not (desk.path / "sprung").exists()
+
+
+SOURCES = sorted(ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_no_source_unpickles_runs_text_or_trusts_remote_code(path):
+    text = path.read_text()
+    for pattern in (r"trust_remote_code\s*=\s*(?!False)", r"(?<![.\w])(eval|exec|compile)\(", r"\bpickle\b(?!d)", r"torch\.load\(",
+                    r"weights_only=False", r"shell=True", r"os\.system"):
+        assert not re.search(pattern, text.replace("no pickle", "")), pattern
+
+
+def test_the_model_is_loaded_from_safetensors_and_without_its_code():
+    text = (ROOT / "common.py").read_text()
+    for call in re.findall(r"from_pretrained\((?:[^()]|\([^()]*\))*\)", text):
+        assert "trust_remote_code=False" in call
+    assert "use_safetensors=True" in text
