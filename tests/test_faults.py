@@ -118,7 +118,7 @@ def world(tmp_path_factory, model_dir):
 
 # --- kills, torn and damaged files ------------------------------------------------------------------------------------
 # Files change (conftest.die_at) at so many moments of rank 0, on two processes; the first two make run.json
-@pytest.mark.parametrize("name,last", [("rollout", 12), ("revise", 11), ("train_sft", 14), ("train_grpo", 11), ("eval", 14)])
+@pytest.mark.parametrize("name,last", [("rollout", 8), ("revise", 11), ("train_sft", 14), ("train_grpo", 11), ("eval", 14)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_and_the_same_command_gives_the_same_bytes(tmp_path, world, name, last, processes):
     moment = random.Random(f"{name} {processes}").randint(3, last)
