@@ -272,6 +272,11 @@ def allowed_rows(tokenizer, vocab: int, rows: int, which: str) -> Tensor:
     return torch.tensor([i for i in sorted(set(tokenizer.get_vocab().values())) if i < vocab and i not in special])
 
 
+def shelf_key(record: dict) -> str:
+    """ID/SAMPLE as the name of a tensor, which has to be Unicode: a lone surrogate in an id becomes its escape."""
+    return f"{record['id']}/{record['sample']}".encode("utf-8", "backslashreplace").decode()
+
+
 def shelve_prefixes(records: Iterator[dict], out: Path) -> Iterator[dict]:
     """Move atoms and weights of every record to OUT/prefixes-00000.safetensors, ... and name the file in `prefix_file`.
 
@@ -286,7 +291,7 @@ def shelve_prefixes(records: Iterator[dict], out: Path) -> Iterator[dict]:
         os.replace(f"{name}.tmp", name)
 
     for r in records:
-        key = f"{r['id']}/{r['sample']}"
+        key = shelf_key(r)
         shelf[f"{key}/atoms"] = torch.tensor(r["atoms"], dtype=torch.int32)
         shelf[f"{key}/weights"] = torch.tensor(r["weights"], dtype=torch.float64)
         size += sum(shelf[f"{key}/{x}"].nbytes for x in ("atoms", "weights"))
@@ -305,8 +310,8 @@ def load_prefix(folder: Path, record: dict) -> tuple[Tensor, list[float]]:
         if Path(name).name != name:  # a name from a file must not lead out of the folder
             raise OSError(f"{name!r} is not a file name")
         with safe_open(folder / name, "pt") as f:
-            atoms, weights = (f.get_tensor(f"{record['id']}/{record['sample']}/{x}") for x in ("atoms", "weights"))
-    except (OSError, SafetensorError) as e:
+            atoms, weights = (f.get_tensor(f"{shelf_key(record)}/{x}") for x in ("atoms", "weights"))
+    except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"{folder}: the prefix of {record['id']!r} cannot be read ({e})") from None
     return atoms, weights.tolist()
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from conftest import ROOT, read, tiny_model, tiny_tokenizer
 from test_faults import STAGES, World, files
 
+import toy
+
 SETTLE = 60  # seconds for a group to notice that one of its ranks is gone, and to end
 
 
@@ -81,8 +83,8 @@ def long(args: argparse.Namespace, path: Path) -> bool:
     subprocess.run([*python, "toy.py", "data", "--out", str(path / "data")], cwd=ROOT, check=True)
     command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py",
                "--model", "toy_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise", "--device", "cpu",
-               "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4", "--max-new-tokens", "64",
-               "--instruction", "", "--save-every", "20", "--lr", "1e-4"]
+               "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4", "--max-new-tokens", "96",
+               "--instruction", "", "--template", toy.TEMPLATE, "--save-every", "20", "--lr", "1e-4"]
     with open(path / "log", "w") as log:
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     seen: dict[int, list[tuple[int, int]]] = {}  # process -> (memory, open files), every time it was looked at

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import test_show
 import torch
 from conftest import ROOT, child, read, run, server, tiny_model, tiny_tokenizer, without_seconds, write_problems
 from test_inputs import READERS, SAMPLERS, STAGES, Desk, desk  # noqa: F401 (a fixture)
@@ -59,22 +60,23 @@ class World:
         self.flags["train_sft"] = [*shared, "--data", rollouts / "rollouts.jsonl", "--steps", 6, "--save-every", 2,
                                    "--batch-size", 3]
 
-    def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, **env: str) -> list:
-        """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time."""
+    def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(), **env: str) -> list:
+        """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time. more: flags."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
-        argv = [*map(str, self.flags[name]), "--out", str(out)]
+        argv = [*map(str, [*self.flags[name], *more]), "--out", str(out)]
         ranks = [server.Process(target=child, args=(f"{name}.py", argv, f"{self.path}/log.{r}", env | group | {
             "RANK": str(r), "LOCAL_RANK": str(r)}, kill_at)) for r in range(processes)]
         for p in ranks:
             p.start()
         return ranks
 
-    def run(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, **env: str) -> tuple[list[int], list[str]]:
+    def run(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(),
+            **env: str) -> tuple[list[int], list[str]]:
         """Exit code and standard error of every process. None is waited for longer than a minute, nor left behind."""
-        ranks = self.start(name, out, processes, kill_at, **env)
+        ranks = self.start(name, out, processes, kill_at, more, **env)
         for p in ranks:
             p.join(60 if all(q.exitcode is None or q.exitcode == 0 for q in ranks) else 20)
         codes = [p.exitcode for p in ranks]
@@ -153,7 +155,8 @@ def test_leftover_temporary_files_are_written_over(tmp_path, world):
 
 
 DAMAGE = {"a cut model": ("model.safetensors", -1), "a cut optimizer": ("optimizer.safetensors", 100),
-          "an empty model": ("model.safetensors", 0), "a cut state": ("state.json", 5), "no optimizer": ("optimizer.safetensors", None)}
+          "an empty model": ("model.safetensors", 0), "a cut state": ("state.json", 5),
+          "no optimizer": ("optimizer.safetensors", None)}
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world):
@@ -283,9 +286,8 @@ def test_ctrl_c_and_sigterm_in_mid_step_leave_a_run_to_continue(tmp_path, world,
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
-def test_the_same_in_the_middle_of_supervised_training(tmp_path, world, number, code, monkeypatch):
-    monkeypatch.setitem(world.flags, "train_sft", [*world.flags["train_sft"], "--steps", 80])
-    process, = world.start("train_sft", tmp_path / "o")
+def test_the_same_in_the_middle_of_supervised_training(tmp_path, world, number, code):
+    process, = world.start("train_sft", tmp_path / "o", more=["--steps", 80])
     while process.is_alive() and not list(tmp_path.glob("o/checkpoint-*")):
         time.sleep(0.001)
     os.kill(process.pid, number)
@@ -293,8 +295,7 @@ def test_the_same_in_the_middle_of_supervised_training(tmp_path, world, number, 
     assert process.exitcode == code
     step = max(int(p.name[11:]) for p in tmp_path.glob("o/checkpoint-0*"))
     assert 2 <= step < 80
-    monkeypatch.setitem(world.flags, "train_sft", [*world.flags["train_sft"], "--save-every", 0])
-    assert world.run("train_sft", tmp_path / "o")[0] == [0]
+    assert world.run("train_sft", tmp_path / "o", more=["--steps", 80, "--save-every", 0])[0] == [0]
     assert [m["step"] for m in read(tmp_path / "o/metrics.jsonl")] == list(range(1, 81))
 
 
@@ -487,29 +488,29 @@ def test_empty_responses_and_nothing_to_learn_from(desk, name):  # noqa: F811
 
 
 # --- hostile text and hostile models -------------------------------------------------------------------------------------
-HOSTILE = ["../../x", "/tmp/x", "\x1b[2J\x1b]0;x\x07", "a\nb\r\u2028\u0085c", "<script>alert(1)</script>", '"}\n{"id": 1', "\x00", "NaN", "~"]
+HOSTILE = ["../../x", "/tmp/x", "\x1b[2J\x1b]0;x\x07", "a\nb\r\u2028\u0085c", "<script>alert(1)</script>", '"}\n{"id": 1', "\x00", "NaN", "~", "\ud800"]
 
 
 def test_hostile_ids_problems_and_golds_go_through_as_text(tmp_path, world):
     """No file outside --out, every line of JSONL whole, nothing for the terminal to obey."""
-    data = tmp_path / "d.jsonl"
-    data.write_text("".join(common.to_line({"id": t, "problem": f"{i} {t}", "answer": f"{t}?"}) for i, t in enumerate(HOSTILE)))
-    flags = [*world.flags["eval"], "--data", data]
-    (tmp_path / "in").mkdir()
+    data, folder = tmp_path / "d.jsonl", tmp_path / "in"
+    texts = [t.replace("\ud800", "s") for t in HOSTILE]  # tokenizers refuse what is not Unicode; an id may be anything
+    data.write_text("".join(common.to_line({"id": i, "problem": t, "answer": f"5{t}"}) for i, t in zip(HOSTILE, texts)))
+    folder.mkdir()
     before = {p for p in tmp_path.parent.rglob("*") if p.is_file()}
-    for name, more in [("rollout", ["--data", data, "-n", 2]), ("revise", ["--rollouts", tmp_path / "in/rollout"]),
-                       ("eval", ["--data", data])]:
-        hostile = World.__new__(World)
-        hostile.path, hostile.flags = world.path, {name: [*(world.flags[name] if name != "eval" else flags), *more]}
-        codes, errors = hostile.run(name, tmp_path / "in" / name)
+    for name, more in [("rollout", ["--data", data]), ("revise", ["--rollouts", folder / "rollout"]), ("eval", ["--data", data])]:
+        codes, errors = world.run(name, folder / name, more=more)
         assert codes == [0], errors
         shown = errors[0] + Path(f"{world.path}/log.0.1").read_text()
         assert not set(shown) & set("\x00\x07\u2028\u0085") and "\x1b[2J" not in shown and "\x1b]" not in shown
     new = {p for p in tmp_path.parent.rglob("*") if p.is_file()} - before
-    assert new and all(p.is_relative_to(tmp_path / "in") or "log." in p.name for p in new)
-    rows = [json.loads(line) for line in (tmp_path / "in/rollout/rollouts.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert [r["id"] for r in rows] == [t for t in HOSTILE for _ in range(2)]
-    assert [r["answer"] for r in rows] == [f"{t}?" for t in HOSTILE for _ in range(2)]
+    assert all(p.is_relative_to(folder) or p.parent == world.path and p.name.startswith("log.") for p in new)
+    rows = [json.loads(line) for line in (folder / "rollout/rollouts.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [(r["id"], r["answer"]) for r in rows] == [pair for pair in zip(HOSTILE, [f"5{t}" for t in texts]) for _ in range(2)]
+    tried = read(folder / "revise/revised.jsonl")
+    assert "\ud800" in {r["id"] for r in tried}
+    for r in tried:
+        assert len(revise.load_prefix(folder / "revise", r)[1]) == 1 + len(r["gammas"])
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -527,21 +528,22 @@ def test_hostile_file_names_in_an_error_stay_one_printable_line(desk):  # noqa: 
 WRONG = [None, True, -1, 1.5, "x", "", [], {}, ["x"], [[1]], 10**30, [10**30], [-1], "\ud800", "\x1b[2J\n"]
 
 
-@pytest.mark.parametrize("field", ["prefix_ids", "projected_ids", "atoms", "gammas", "gaps", "losses", "kept", "answer",
-                                   "recovered", "continuations", "sample"])
+@pytest.mark.parametrize("field", ["prefix_ids", "projected_ids", "prefix_file", "gammas", "gaps", "losses", "kept", "answer",
+                                   "recovered", "continuations", "sample", "passes"])
 @pytest.mark.parametrize("html", [False, True], ids=["text", "html"])
 def test_show_says_what_it_cannot_read_and_shows_the_rest_as_text(tmp_path, model_dir, monkeypatch, capsys, field, html):
-    from test_show import record
     model = common.load_model(type("", (), {"model": str(model_dir), "dtype": "float32"}), torch.device("cpu"))
     monkeypatch.setattr(common, "load_model", lambda *_: model)
-    file, page = tmp_path / "r.jsonl", tmp_path / "p.html"
+    file, page = tmp_path / "revised.jsonl", tmp_path / "p.html"
+    test_show.write(tmp_path, test_show.record())
+    good, = read(file)
     for wrong in WRONG:
-        file.write_text(common.to_line(record(**{field: wrong})))
+        file.write_text(common.to_line(good | {field: wrong}))
         argv = [str(file), "--id", "p", "--model", str(model_dir), *(["--html", str(page)] if html else [])]
         try:
             show.main(show.get_args(argv))
         except common.UserError as e:
-            assert str(file) in str(e)
+            assert str(tmp_path) in str(e)
         shown = capsys.readouterr().out + (page.read_text() if page.exists() else "")
         assert "\x1b" not in shown and "\ud800" not in shown
 
