@@ -154,9 +154,9 @@ def test_leftover_temporary_files_are_written_over(tmp_path, world):
         world.finishes_like_an_undisturbed_run(name, tmp_path / name)
 
 
-DAMAGE = {"a cut model": ("model.safetensors", -1), "a cut optimizer": ("optimizer.safetensors", 100),
+DAMAGE = {"a cut model": ("model.safetensors", -1), "a cut optimizer": ("optimizer-00000.safetensors", 100),
           "an empty model": ("model.safetensors", 0), "a cut state": ("state.json", 5),
-          "no optimizer": ("optimizer.safetensors", None)}
+          "no optimizer": ("optimizer-00000.safetensors", None)}
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world):
@@ -197,7 +197,7 @@ def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
     training.save_checkpoint(tmp_path, 2, model, tiny_tokenizer(), training.make_optimizer(
         model, type("", (), {"lr": 0.1, "weight_decay": 0})), {})
     folder = tmp_path / "checkpoint-000002"
-    for name, pickled in [("model.safetensors", "pytorch_model.bin"), ("optimizer.safetensors", "optimizer.pt")]:
+    for name, pickled in [("model.safetensors", "pytorch_model.bin"), ("optimizer-00000.safetensors", "optimizer.pt")]:
         safe = (folder / name).read_bytes()
         for place in (pickled, name):  # beside the name that is expected, and under it
             (folder / name).unlink()
