@@ -250,7 +250,7 @@ def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, dev
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("before,after", [((2, "on"), (1, "off")), ((1, "off"), (2, "on")), ((2, "on"), (2, "on"))], ids=str)
+@pytest.mark.parametrize("before,after", [((2, "on"), (1, "off")), ((1, "off"), (2, "on"))], ids=str)
 def test_killed_and_continued_on_other_processes_gives_the_same_losses(tmp_path, model_dir, straight, before, after):
     """Killed while step 3 is logged: the checkpoint of step 2 is there."""
     out, flags = straight
@@ -284,7 +284,7 @@ def step_and_save(out, model_dir, shard, resume):
         save_file({k: v for k, v in weights.items()}, out / f"{resume}.safetensors")
 
 
-@pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on")), ((2, "on"), (3, "on"))], ids=str)
+@pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on"))], ids=str)
 def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
     """Of five processes the last holds no row of the 8 of a head's norm. Files are bounded, and transformers loads them."""
     tiny_model("qwen3", tied=False).save_pretrained(tmp_path / "m")
