@@ -223,6 +223,15 @@ def test_sharded_grpo_with_revise_has_the_losses_of_one_plain_process(tmp_path, 
     assert_same_training(tmp_path / "1", tmp_path / "2", load_file(model_dir / "model.safetensors"))
 
 
+def test_sharded_opsd_has_the_losses_of_one_plain_process(tmp_path, model_dir):
+    """The teacher's head is recomputed in the student's backward."""
+    data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
+    flags = ["--steps", 3, "--algo", "opsd", "--micro-batch-tokens", 60, "--group-size", 2]
+    train(model_dir, data, tmp_path / "1", verifier, *flags)
+    train(model_dir, data, tmp_path / "2", verifier, *flags, "--shard", "on", processes=2)
+    assert_same_metrics(tmp_path / "1", tmp_path / "2", 1e-5)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path, model_dir, processes):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py")
