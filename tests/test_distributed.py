@@ -223,6 +223,15 @@ def test_sharded_grpo_with_revise_has_the_losses_of_one_plain_process(tmp_path, 
     assert_same_training(tmp_path / "1", tmp_path / "2", load_file(model_dir / "model.safetensors"))
 
 
+def test_sharded_opsd_has_the_losses_of_one_plain_process(tmp_path, model_dir):
+    """The teacher's head is recomputed in the student's backward."""
+    data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
+    flags = ["--steps", 3, "--algo", "opsd", "--micro-batch-tokens", 60, "--group-size", 2]
+    train(model_dir, data, tmp_path / "1", verifier, *flags)
+    train(model_dir, data, tmp_path / "2", verifier, *flags, "--shard", "on", processes=2)
+    assert_same_metrics(tmp_path / "1", tmp_path / "2", 1e-5)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path, model_dir, processes):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py")
@@ -250,7 +259,7 @@ def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, dev
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("before,after", [((2, "on"), (1, "off")), ((1, "off"), (2, "on")), ((2, "on"), (2, "on"))], ids=str)
+@pytest.mark.parametrize("before,after", [((2, "on"), (1, "off")), ((1, "off"), (2, "on"))], ids=str)
 def test_killed_and_continued_on_other_processes_gives_the_same_losses(tmp_path, model_dir, straight, before, after):
     """Killed while step 3 is logged: the checkpoint of step 2 is there."""
     out, flags = straight
@@ -284,7 +293,7 @@ def step_and_save(out, model_dir, shard, resume):
         save_file({k: v for k, v in weights.items()}, out / f"{resume}.safetensors")
 
 
-@pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on")), ((2, "on"), (3, "on"))], ids=str)
+@pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on"))], ids=str)
 def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
     """Of five processes the last holds no row of the 8 of a head's norm. Files are bounded, and transformers loads them."""
     tiny_model("qwen3", tied=False).save_pretrained(tmp_path / "m")
