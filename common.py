@@ -277,12 +277,12 @@ class Counter:
         self.name, self.value = f"counter {next(self.numbers)}", 0
 
     def add(self, amount: int) -> int:
-        """Returns the new value; each of several ranks that add 1 gets another. Raises LostProcess if who holds it is gone."""
+        """Returns the new value; each of several ranks that add 1 gets another. Raises LostProcess."""
         if world_size() > 1:
             try:
                 return store.add(self.name, amount)
-            except dist.DistError:
-                raise LostProcess("rank 0, which holds the shared counter, is gone") from None
+            except dist.DistError:  # torchrun holds the store; without it, rank 0 does
+                raise LostProcess("rank 0, or torchrun, is gone") from None
         self.value += amount
         return self.value
 
