@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent
 FULL = {"hard": 300, "test": 150, "attempts": 3, "steps": 16, "batch": 16, "record": 2}
 QUICK = {"hard": 48, "test": 24, "attempts": 2, "steps": 6, "batch": 8, "record": 5}
 CONTINUATIONS = 8
-LENGTH = "--max-new-tokens 160"
-PROBLEMS = f"{LENGTH} --instruction '' --batch-size 512"
+LENGTH = "--max-new-tokens 160 --batch-size 512"
+PROBLEMS = f"{LENGTH} --instruction ''"
 METHODS = {"LatentRevise": "", "fresh sampling": "--from scratch", "hard prefix": "--from hard-prefix",
            "random vertices": "--vertices random", "permuted gold": "--gold permuted"}
 

@@ -247,13 +247,13 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     parser.add_argument("--seed", type=int, default=0, help="[ours] all random numbers are functions of it")
     parser.add_argument("--verifier", default="verifier.py:verify", help="[ours] path.py:function(response, gold)")
     parser.add_argument("--limit", type=int, default=0, help="[ours] only the first so many problems; 0 for all")
+    parser.add_argument("--batch-size", type=int, default=64, help="[ours] most sequences decoded together")
+    parser.add_argument("--max-batch-tokens", type=int, default=2**18,
+                        help="[ours] most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
 
 
 def add_problem_args(parser: argparse.ArgumentParser) -> None:
     """Flags of every stage that reads problems and samples responses to them."""
-    parser.add_argument("--batch-size", type=int, default=64, help="[ours] most sequences decoded together")
-    parser.add_argument("--max-batch-tokens", type=int, default=2**18,
-                        help="[ours] most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
     parser.add_argument("--instruction", default=INSTRUCTION, help="[ours] follows every problem; '' for none")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
                         help="[ours] auto: the tokenizer's chat template where it has one")
@@ -266,8 +266,7 @@ def check_sampling_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1, "top_k": args.top_k >= 0,
                        "max_new_tokens": args.max_new_tokens > 0, "limit": args.limit >= 0,
-                       "batch_size": getattr(args, "batch_size", 1) > 0,  # stages that sample have no such flags
-                       "max_batch_tokens": getattr(args, "max_batch_tokens", 0) >= 0}.items():
+                       "batch_size": args.batch_size > 0, "max_batch_tokens": args.max_batch_tokens >= 0}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
 

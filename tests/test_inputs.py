@@ -219,8 +219,7 @@ def test_a_role_that_the_template_refuses(desk):
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 SAMPLING = {"--temperature": ["-1", "nan"], "--top-p": ["0", "1.5", "nan"], "--top-k": ["-1"],
-            "--max-new-tokens": ["0", "-3"], "--limit": ["-1"]}
-PROBLEMS = {"--batch-size": ["0"]}
+            "--max-new-tokens": ["0", "-3"], "--limit": ["-1"], "--batch-size": ["0"], "--max-batch-tokens": ["-1"]}
 REVISION = {"--rho": ["0", "1", "-0.1", "1.5", "nan"], "--revision-steps": ["-1"], "--gamma0": ["0", "1.5", "nan"],
             "--continuations": ["0"], "--record-every": ["-1"], "--alpha-guide": ["nan"], "--beta-nll": ["inf"],
             "--explore-weight": ["nan"], "--eps-stop": ["nan"], "--batch-tokens": ["0"]}
@@ -230,7 +229,7 @@ GRPO = {"--group-size": ["1"], "--batch-prompts": ["0"], "--updates": ["0"], "--
         "--overlong-buffer": ["-1"], "--temperature": ["0.5"], "--top-p": ["0.9"], "--top-k": ["5"],
         "--kl-coef": ["-1", "nan"], "--clip-low": ["-0.1"], "--clip-high": ["nan"]}
 RANGES = [(name, flag, value) for names, flags in [
-              (SAMPLERS, SAMPLING), (["rollout", "train_grpo", "eval"], PROBLEMS), (["revise", "train_grpo"], REVISION), (["train_sft", "train_grpo"], TRAINING),
+              (SAMPLERS, SAMPLING), (["revise", "train_grpo"], REVISION), (["train_sft", "train_grpo"], TRAINING),
               (["train_grpo"], GRPO), (["rollout"], {"-n": ["0"]}), (["eval"], {"--k": ["0", "3"], "-n": ["0"]})]
           for name in names for flag, values in flags.items() for value in values]
 
