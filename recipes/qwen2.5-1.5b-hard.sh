@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Table 1, Qwen2.5-1.5B-Instruct trained on dapo-hard. 1 GPU, or GPUS=4 as in the paper (4x B200 there). Status: not run.
-#   DATA=dapo.jsonl EVAL="math500.jsonl aime24.jsonl aime25.jsonl amc23.jsonl" GPUS=4 bash recipes/qwen2.5-1.5b-hard.sh
-# Expected (the paper's avg @1/@32): base 16.05/46.67, GRPO 14.65/44.84, SFT+Ours 17.62/50.50, GRPO+Ours 18.13/53.51;
+#   DATA=dapo.jsonl GPUS=4 bash recipes/qwen2.5-1.5b-hard.sh
+# Expected (the paper's avg @1/@32): base 16.05/46.67, GRPO 14.65/44.84, OPSD 7.07/40.42, SFT+Ours 17.62/50.50, GRPO+Ours 18.13/53.51;
 # zero-hit prompts: 6,580 of 14,116 (46.6 %).
 set -euo pipefail
 DATA=${DATA:?problems as JSONL with id, problem, answer}
-EVAL=${EVAL:?test sets as JSONL, separated by spaces}
+EVAL=${EVAL:-"--benchmarks math500,aime24,aime25,amc23"}  # offline: add --benchmark-dir DIR
 GPUS=${GPUS:-1}
 OUT=${OUT:-out/qwen2.5-1.5b}
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
@@ -16,5 +16,6 @@ $RUN revise.py --model $MODEL --rollouts $OUT/rollouts --out $OUT/revised
 $RUN train_sft.py --model $MODEL --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --out $OUT/grpo
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --group-size 16 --out $OUT/grpo16
+$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --algo opsd --out $OUT/opsd
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/ours/model --data $EVAL --batch-size 128 --out $OUT/eval
+$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/opsd/model $OUT/ours/model $EVAL --batch-size 128 --out $OUT/eval
