@@ -4,7 +4,7 @@
 # Expected (the paper's avg @1/@32): base 16.05/46.67, GRPO 17.91/46.56, N=16 17.83/46.14, DAPO 18.09/46.08, Ours 18.70/52.50.
 set -euo pipefail
 DATA=${DATA:?problems as JSONL with id, problem, answer}
-EVAL=${EVAL:-"--benchmarks math500,aime24,aime25,amc23"}  # offline: add --benchmark-dir DIR
+EVAL=${EVAL:-math500,aime24,aime25,amc23}
 GPUS=${GPUS:-1}
 OUT=${OUT:-out/qwen2.5-1.5b-full}
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
@@ -14,4 +14,4 @@ $RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 128 --ou
 $RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 128 --group-size 16 --out $OUT/grpo16
 $RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 128 --algo dapo --overlong-buffer 1024 --out $OUT/dapo
 $RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 128 --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/grpo/model $OUT/grpo16/model $OUT/dapo/model $OUT/ours/model $EVAL --batch-size 128 --out $OUT/eval
+$RUN eval.py --model $MODEL $OUT/grpo/model $OUT/grpo16/model $OUT/dapo/model $OUT/ours/model --benchmarks $EVAL --batch-size 128 --out $OUT/eval

@@ -5,7 +5,7 @@
 # zero-hit prompts: 6,580 of 14,116 (46.6 %).
 set -euo pipefail
 DATA=${DATA:?problems as JSONL with id, problem, answer}
-EVAL=${EVAL:-"--benchmarks math500,aime24,aime25,amc23"}  # offline: add --benchmark-dir DIR
+EVAL=${EVAL:-math500,aime24,aime25,amc23}
 GPUS=${GPUS:-1}
 OUT=${OUT:-out/qwen2.5-1.5b}
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
@@ -18,4 +18,4 @@ $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 10
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --group-size 16 --out $OUT/grpo16
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --algo opsd --out $OUT/opsd
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 128 --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/opsd/model $OUT/ours/model $EVAL --batch-size 128 --out $OUT/eval
+$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --batch-size 128 --out $OUT/eval

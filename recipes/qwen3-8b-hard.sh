@@ -10,7 +10,7 @@
 # zero-hit prompts: 3,642 of 14,116 (25.8 %).
 set -euo pipefail
 DATA=${DATA:?problems as JSONL with id, problem, answer}
-EVAL=${EVAL:-"--benchmarks math500,aime24,aime25,amc23"}  # offline: add --benchmark-dir DIR
+EVAL=${EVAL:-math500,aime24,aime25,amc23}
 GPUS=${GPUS:-8}
 OUT=${OUT:-out/qwen3-8b}
 MODEL=${MODEL:-Qwen/Qwen3-8B-Base}
@@ -23,4 +23,4 @@ $RUN train_sft.py --model $MODEL --checkpoint-activations --data $OUT/revised/re
 $RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 32 $PROMPT --out $OUT/grpo
 $RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 32 $PROMPT --algo opsd --out $OUT/opsd
 $RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 32 $PROMPT --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/opsd/model $OUT/ours/model $EVAL --batch-size 16 $PROMPT --out $OUT/eval
+$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --batch-size 16 $PROMPT --out $OUT/eval
