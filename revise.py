@@ -229,7 +229,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     for step in sorted(steps):
         prompts = [torch.cat([q, E[step].to(q.dtype)]) for q, E in zip(questions, prefixes)]
         samples = rollout.sample(model, prompts, keys, limits, eos=eos, vocab=vocab, temperature=args.temperature, top_k=args.top_k,
-                                 top_p=args.top_p, slots=args.batch_size, max_tokens=args.max_batch_tokens)
+                                 top_p=args.top_p, slots=args.batch_size, max_tokens=args.max_batch_tokens, fixed=args.cuda_graphs)
         for result, s in zip(results, samples):
             result[step] = s
 
@@ -414,7 +414,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = ("device", "batch_size", "max_batch_tokens", "batch_tokens", "checkpoint_activations")  # these do not change a result in float32
+FREE = ("device", "batch_size", "max_batch_tokens", "cuda_graphs", "batch_tokens", "checkpoint_activations")  # these do not change a result in float32
 
 
 def main(args: argparse.Namespace) -> None:

@@ -92,6 +92,8 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     assert {f for x in expected.values() for _, f in x} == {"eos", "length"}
     for slots in (1, 2, 5, 64):
         assert texts(backwards if slots == 5 else ordered, slots=slots) == expected
+    for more in ({}, {"slots": 5}, {"slots": 16, "max_tokens": 350}):  # free slots and columns out of sight change nothing
+        assert texts(ordered, fixed=True, **more) == expected
     put_back = []
     for budget in (130, 350, 1500):
         seen = watched(model, monkeypatch)
@@ -100,6 +102,29 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
         put_back.append(seen["prefilled"] - 36)
         monkeypatch.undo()
     assert max(put_back) > 0  # rows joined again
+
+
+@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
+def test_fixed_steps_have_one_shape_for_each_buffer_and_the_same_logprobs(family, tied, monkeypatch):
+    model, keys = tiny_model(family, tied), [[rollout.row_key(i, s) for s in range(2)] for i in range(len(MANY))]
+    draw_all = lambda **kw: rollout.sample(model, MANY, keys, [70] * len(MANY), eos=ENDS, vocab=TOKENS, slots=6, **kw)
+    shapes, forward = set(), model.forward
+    watch = lambda *a, **kw: shapes.add(tuple(kw["attention_mask"].shape)) or forward(*a, **kw)
+    expected = draw_all()
+    monkeypatch.setattr(model, "forward", watch)
+    found = draw_all(fixed=True)
+    for a, b in zip(sum(expected, []), sum(found, [])):
+        assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    steps = {s for s in shapes if len(s) == 4}  # prefills have two dimensions
+    assert 1 <= len(steps) <= 8 and {s[0] for s in list(steps)[:1]} <= set(range(1, 7))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_draw_what_the_usual_steps_draw():
+    model, keys = tiny_model("qwen2").cuda(), [[rollout.row_key(i, s) for s in range(2)] for i in range(len(MANY))]
+    usual, replayed = (rollout.sample(model, MANY, keys, [40] * len(MANY), eos=ENDS, vocab=TOKENS, slots=6, fixed=fixed)
+                       for fixed in (False, True))
+    assert [[s.ids for s in x] for x in usual] == [[s.ids for s in x] for x in replayed]
 
 
 def test_logprobs_of_rows_that_were_put_back_equal_teacher_forced_ones(monkeypatch):
