@@ -135,7 +135,8 @@ def merge_parts(out: Path, name: str, order: dict[str, int], rewrite=iter) -> No
         index = scan(sorted(out.glob(f"{name}.rank*.part")), keep=lambda record: None)
         aside = out / f"{name}.jsonl.tmp"
         with open(aside, "w", encoding="ascii") as f:
-            f.writelines(map(to_line, rewrite(read_at(*index[key][:3]) for key in sorted(index, key=lambda k: (order[k[0]], k[1])))))
+            keys = sorted(index, key=lambda k: (order[k[0]], k[1]))
+            f.writelines(map(to_line, rewrite(read_at(*index[key][:3]) for key in keys)))
         os.replace(aside, out / f"{name}.jsonl")
         remove_parts(out, name)
     barrier()
@@ -313,7 +314,8 @@ def start_group() -> None:
         backend, wait = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo", patience()
         if "WORLD_SIZE" in os.environ:
             store, this, processes = next(dist.rendezvous("env://", timeout=wait))
-            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=this, world_size=processes, timeout=wait)
+            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=this, world_size=processes,
+                                    timeout=wait)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
 

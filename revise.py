@@ -127,8 +127,8 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
     """
     window = getattr(model.config, "sliding_window", None)
     if window and max(len(f.q) + len(f.r) + len(f.c) for f in batch) > window:
-        raise UserError(f"--model: its attention slides over {window} tokens, and a rollout is longer; the packed pass is full "
-                        "attention")
+        raise UserError(f"--model: its attention slides over {window} tokens, and a rollout is longer; the packed "
+                        "pass is full attention")
     W = model.get_input_embeddings().weight.detach()
     weights = (args.explore_weight, args.alpha_guide, args.beta_nll)
     plain = args.direction == "frank-wolfe" and args.step_rule == "diminishing"
@@ -138,7 +138,7 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
     active, tensors = list(range(len(batch))), None
 
     def total(trial: dict[int, tuple], losses: Tensor | None = None) -> dict[int, float]:
-        """L_total of every active rollout, Eq. (5): from its losses, or in a forward pass with the trial's (atoms, weights)."""
+        """L_total of every active rollout, Eq. (5): from its losses, or in a forward pass at trial's (atoms, weights)."""
         if losses is None:
             E = torch.cat([soft_prefix(W, *trial[b]) if b in trial else soft[b] for b in active])
             losses, _ = packed.losses_and_gradient(model, tensors, E, gradient=False)
@@ -157,7 +157,8 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
                 f.passes += 1
                 if loss[1] < args.eps_stop:  # Alg. 1: stop if L_guide < eps, before the step
                     continue
-                f.gaps.append(float((g * (soft[b] - W[v].float())).sum()))  # <G, E - V*>; in the hull >= 0, 0 where stationary
+                # <G, E - V*>: never negative in the hull, 0 where stationary
+                f.gaps.append(float((g * (soft[b] - W[v].float())).sum()))
                 moving[b] = g, controls.random_vertices(f, i, allowed, args.seed) if args.vertices == "random" else v
             if moments is not None:
                 for b, (g, _) in moving.items():
@@ -228,8 +229,9 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     limits = [int(min(args.max_new_tokens - len(f.r), context - len(f.q) - len(f.r))) for f in batch]
     for step in sorted(steps):
         prompts = [torch.cat([q, E[step].to(q.dtype)]) for q, E in zip(questions, prefixes)]
-        samples = rollout.sample(model, prompts, keys, limits, eos=eos, vocab=vocab, temperature=args.temperature, top_k=args.top_k,
-                                 top_p=args.top_p, slots=args.batch_size, max_tokens=args.max_batch_tokens, fixed=args.cuda_graphs)
+        samples = rollout.sample(model, prompts, keys, limits, eos=eos, vocab=vocab, temperature=args.temperature,
+                                 top_k=args.top_k, top_p=args.top_p, slots=args.batch_size,
+                                 max_tokens=args.max_batch_tokens, fixed=args.cuda_graphs)
         for result, s in zip(results, samples):
             result[step] = s
 
@@ -247,7 +249,8 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         for s, soft_reward in zip(result[args.revision_steps], curve[args.revision_steps]["rewards"]):
             text = tokenizer.decode(projected + s.ids, skip_special_tokens=True)
             c = {"ids": s.ids, "finish": s.finish, "response": text, "soft_reward": soft_reward,
-                 "reward": int(bool(soft_reward and not ends and verify(text, r["answer"])))}  # Sec. 3.5, on the hard trajectory too
+                 # Sec. 3.5, on the hard trajectory too
+                 "reward": int(bool(soft_reward and not ends and verify(text, r["answer"])))}
             if "guide_answer" in r:
                 c["guide_reward"] = int(bool(verify(text, r["guide_answer"])))
             continuations.append(c)
@@ -257,7 +260,8 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
             "recovered": any(c["reward"] for c in continuations), "losses": f.losses, "gaps": f.gaps, "gammas": f.gammas,
             "passes": f.passes + (args.rho_rule == "surprise"),
             "kept": same / len(f.r) if f.r else 1.0,  # denominator: prefix tokens
-            "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected, "atoms": [v.tolist() for v in f.atoms], "weights": f.weights,
+            "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected,
+            "atoms": [v.tolist() for v in f.atoms], "weights": f.weights,
             "continuations": continuations, "curve": curve} | {k: r[k] for k in ("guide_answer",) if k in r})
     return records
 
@@ -389,7 +393,8 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
 def check_revision_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0, "gamma0": 0 < args.gamma0 <= 1,
-                       "continuations": args.continuations > 0, "record_every": args.record_every >= 0, "batch_tokens": args.batch_tokens > 0,
+                       "continuations": args.continuations > 0, "record_every": args.record_every >= 0,
+                       "batch_tokens": args.batch_tokens > 0,
                        **{k: abs(getattr(args, k)) < float("inf") for k in (
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:
@@ -414,7 +419,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = ("device", "batch_size", "max_batch_tokens", "cuda_graphs", "batch_tokens", "checkpoint_activations")  # these do not change a result in float32
+FREE = (*rollout.FREE, "batch_tokens", "checkpoint_activations")  # these do not change a result in float32
 
 
 def main(args: argparse.Namespace) -> None:
@@ -426,7 +431,8 @@ def main(args: argparse.Namespace) -> None:
     failures = {i: failures[i][:args.attempts or None] for i in list(failures)[:args.limit or None]}
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=digest)
-    guide = controls.permuted_answers({i: e[0].answer for i, e in failures.items()}, args.seed) if args.gold == "permuted" else {}
+    golds = {i: entries[0].answer for i, entries in failures.items()}
+    guide = controls.permuted_answers(golds, args.seed) if args.gold == "permuted" else {}
 
     # === revise: batches of prompts, each prompt's failed rollouts in turn until one is recovered ===
     final = out / "revised.jsonl"
@@ -463,7 +469,8 @@ def main(args: argparse.Namespace) -> None:
             bar.update(len(batch))
             bar.set_postfix_str(f"recovered {found / seen:.3f}")
         bar.close()
-        common.merge_parts(out, "revised", {i: k for k, i in enumerate(failures)}, lambda records: shelve_prefixes(records, out))
+        order = {i: k for k, i in enumerate(failures)}
+        common.merge_parts(out, "revised", order, lambda records: shelve_prefixes(records, out))
     common.remove_parts(out, "revised")
 
     # === recovered trajectories and the summary ===

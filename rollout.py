@@ -135,8 +135,9 @@ def sample_records(model, tokenizer, vocab: int, rows: Iterable[tuple[dict, int]
                 problem, prompt = p, torch.tensor(p["prompt_ids"])  # one tensor for its samples: one prefill
             yield Row(prompt, row_key(*seed_parts, p["id"], number), p["limit"], (p, number))
 
-    for finished in decode(model, queue(), slots=slots, max_tokens=args.max_batch_tokens, eos=common.eos_ids(model, tokenizer),
-                           vocab=vocab, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, fixed=args.cuda_graphs):
+    for finished in decode(model, queue(), slots=slots, max_tokens=args.max_batch_tokens,
+                           eos=common.eos_ids(model, tokenizer), vocab=vocab, temperature=args.temperature,
+                           top_k=args.top_k, top_p=args.top_p, fixed=args.cuda_graphs):
         records = []
         for row in finished:
             p, number = row.tag
@@ -250,8 +251,8 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     parser.add_argument("--batch-size", type=int, default=64, help="[ours] most sequences decoded together")
     parser.add_argument("--max-batch-tokens", type=int, default=2**18,
                         help="[ours] most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
-    parser.add_argument("--cuda-graphs", action="store_true", help="[ours] decode in steps of one shape, which a GPU replays as a "
-                        "CUDA graph; tested on a CPU alone, where it gains nothing")
+    parser.add_argument("--cuda-graphs", action="store_true", help="[ours] decode in steps of one shape, which a GPU "
+                        "replays as a CUDA graph; tested on a CPU alone, where it gains nothing")
 
 
 def add_problem_args(parser: argparse.ArgumentParser) -> None:

@@ -219,8 +219,8 @@ class Batch:
 
 
 class FixedStep:
-    """The decoding step at one shape, for as long as the buffers last: all slots, free ones too, and all columns. A GPU replays it
-    as one CUDA graph, where the usual step launches about a thousand small kernels; a CPU runs it as it is."""
+    """The decoding step at one shape, for as long as the buffers last: all slots, free ones too, and all columns. A GPU
+    replays it as one CUDA graph, where the usual step launches about a thousand small kernels; a CPU runs it as it is."""
 
     def __init__(self, model, batch: Batch):
         device, self.buffers = model.device, batch.cache.layers[0].buffers[0]
