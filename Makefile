@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint evidence clean
 
 demo: .venv/.demo
 	$(BIN)/python demo.py $(if $(QUICK),--quick)
@@ -10,6 +10,9 @@ demo: .venv/.demo
 test: .venv/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -q
+
+evidence: .venv/.dev
+	$(BIN)/python evidence.py
 
 lint: .venv/.dev
 	$(BIN)/python -m ruff check .
