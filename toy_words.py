@@ -1,0 +1,117 @@
+r"""The second toy world: word problems whose relations are misread. Made, trained and measured by toy.py's code.
+
+A problem introduces people one after the other, each beside the one before:
+
+    Ann has 52 apples. Bob has 5 more than Ann. Bob has 8 fewer than Carl. How many does Carl have?
+
+and a response reasons about every person: `Ann 52; Bob 52+5=57; Carl 57+8=65. So the answer is \boxed{65}.` The third
+sentence is reversed: the new person comes last, and `fewer` asks for an addition. In the base model's training text a first
+pass follows the word instead (`Carl 57-8=49`) with probability 0.8; this is the error that people make with such sentences
+(Lewis and Mayer, J. Educ. Psychol. 79, 1987). So, unlike the slip of toy.py, the failure is one of comprehension: every sum
+that is written is right. The number of reversed sentences is the difficulty, and problems with 4 or more are almost all
+zero-hit at N = 32. No two misreadings cancel. Self-correction is as in toy.py: 40 % of the texts carry a request to check and
+show a second pass that reads the problem rightly; 0.3 % of the others show one unasked.
+
+    python toy_words.py data  --out DIR    train, hard, test_hard and test_easy .jsonl: {"id", "problem", "answer", "reversed"}
+    python toy_words.py train --out toy_words_model     the base model, from nothing
+    python toy_words.py check --model toy_words_model   measures what it does; prints one JSON object
+"""
+import argparse
+import random
+import re
+import sys
+
+import common
+import toy
+from toy import TEMPLATE, has_reflection  # noqa: F401 (part of this world too)
+
+THIS = sys.modules[__name__]
+MISREAD = 0.80  # probability that a first pass follows the word of a reversed sentence
+FIRST_PASS = (MISREAD,)
+RELATIONS = (2, 5)  # fewest and most relations of a problem
+DIFFICULTY = "reversed"  # field of the records that says how hard a problem is
+HARD = 4  # reversed sentences from which a problem counts as hard
+TRAINING = {"steps": 2000, "batch": 32, "lr": 2e-3}  # defaults of `train`
+
+NAMES = ("Ann", "Bob", "Carl", "Dora", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon")
+THINGS = ("apples", "books", "coins", "pears", "shells", "stamps")
+RELATION = re.compile(r" ([A-Z][a-z]+) has (\d{1,9}) (more|fewer) than ([A-Z][a-z]+)\.")
+PROBLEM = re.compile(rf"\s*([A-Z][a-z]+) has (\d{{1,9}}) [a-z]+\.((?:{RELATION.pattern.replace('(', '(?:')})+)"
+                     r" How many does ([A-Z][a-z]+) have\?")
+STEP = re.compile(r"(?<![\w+=-])([A-Z][a-z]+) (?:(\d{1,9})([+-])(\d{1,9})=)?(\d{1,9})(?![\w+=-])")
+JOIN = re.compile("; ")
+PHRASES = [*NAMES, *(f" {word}" for word in (*NAMES, *THINGS, "has more fewer than How many does have")), "-"]
+
+
+# --- reading texts ---------------------------------------------------------------------------------------------------
+def parts(problem: str) -> list[tuple[str, int, bool]]:
+    """(person, how many more than the one before, is the sentence reversed?) per person of a problem text, the first
+    beside nobody; [] when it is not a problem. Anything after the question mark is ignored."""
+    found = PROBLEM.match(problem)
+    if not found:
+        return []
+    people = [(found[1], int(found[2]), False)]
+    for subject, n, word, other in RELATION.findall(found[3]):
+        more, before = int(n) if word == "more" else -int(n), people[-1][0]
+        if (subject == before) == (other == before):
+            return []  # beside nobody, or beside oneself
+        people.append((other, -more, True) if subject == before else (subject, more, False))
+    return people if people[-1][0] == found[4] else []
+
+
+def facts(problem: str) -> dict:
+    """What the record of a problem says beside its text: the gold answer and the difficulty."""
+    people = parts(problem)
+    return {"answer": str(sum(n for _, n, _ in people)), "reversed": sum(turned for _, _, turned in people)}
+
+
+def is_sound(problem: str, response: str) -> bool:
+    """Is the last pass of the response a complete, right chain over every person, in order, to the boxed answer?"""
+    people, found = parts(problem), toy.passes(response, THIS)
+    if not people or not found:
+        return False
+    return ("; ".join(m[0] for m in found[-1]) == write_pass(random.Random(0), people)[0]
+            and toy.closes_with(response, found[-1][-1].end(), sum(n for _, n, _ in people)))
+
+
+# --- writing texts ---------------------------------------------------------------------------------------------------
+def draw_problem(rng: random.Random, split: str) -> str:
+    """A problem of one hash class. However it is read, all numbers stay between 1 and 99 and no misreadings cancel."""
+    while True:
+        names = rng.sample(NAMES, rng.randint(*RELATIONS) + 1)
+        sizes = [rng.randint(1, 9) for _ in names[1:]]
+        start = rng.randint(1 + sum(sizes), 99 - sum(sizes))
+        text, shifts = f"{names[0]} has {start} {rng.choice(THINGS)}.", [0]
+        for before, new, n in zip(names, names[1:], sizes):
+            word, turned = rng.choice(("more", "fewer")), rng.random() < 0.5
+            text += f" {before} has {n} {word} than {new}." if turned else f" {new} has {n} {word} than {before}."
+            if turned:  # what misreading any of the reversed sentences so far adds to the answer, halved
+                shifts = [*shifts, *(s + (n if word == "more" else -n) for s in shifts)]
+        problem = f"{text} How many does {names[-1]} have?"
+        if shifts.count(0) == 1 and toy.split_of(problem) == split:
+            return problem
+
+
+def write_pass(rng: random.Random, people: list[tuple[str, int, bool]], misread: float = 0.0) -> tuple[str, int]:
+    """One pass over the people, `Ann 52; Bob 52+5=57`, and the last one's number. A reversed sentence is read by its word
+    with probability `misread`."""
+    text, total = f"{people[0][0]} {people[0][1]}", people[0][1]
+    for name, n, turned in people[1:]:
+        if turned and rng.random() < misread:
+            n = -n
+        text += f"; {name} {total}{n:+d}={total + n}"
+        total += n
+    return text, total
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return toy.get_args(argv, THIS)
+
+
+def main(args: argparse.Namespace) -> None:
+    toy.main(args, THIS)
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)
