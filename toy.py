@@ -97,15 +97,10 @@ def parts(problem: str) -> list[int]:
     return [int(x) for x in found[1].split("+")] if found else []
 
 
-def carries(problem: str) -> int:
-    """Number of steps of the running sum that cross a ten: the difficulty of a problem."""
-    ns = parts(problem)
-    return sum(sum(ns[:i]) % 10 + ns[i] >= 10 for i in range(1, len(ns)))
-
-
 def facts(problem: str) -> dict:
-    """What the record of a problem says beside its text: the gold answer and the difficulty."""
-    return {"answer": str(sum(parts(problem))), "carries": carries(problem)}
+    """What the record of a problem says beside its text: the gold answer and the number of steps that cross a ten."""
+    ns = parts(problem)
+    return {"answer": str(sum(ns)), "carries": sum(sum(ns[:i]) % 10 + ns[i] >= 10 for i in range(1, len(ns)))}
 
 
 def has_reflection(text: str) -> bool:
@@ -128,12 +123,6 @@ def passes(text: str, world: ModuleType = THIS) -> list[list[re.Match]]:
     return found
 
 
-def closes_with(text: str, end: int, answer: int) -> bool:
-    """Is what follows the last step, from character `end` on, one box with the answer and no other arithmetic?"""
-    tail = TAIL.fullmatch(text, end)
-    return tail is not None and int(tail[1]) == answer
-
-
 def is_sound(problem: str, response: str) -> bool:
     """Is the last pass of the response a complete, right chain from the start over every addend to the boxed answer?
 
@@ -143,7 +132,8 @@ def is_sound(problem: str, response: str) -> bool:
     if not ns or not found:
         return False
     right = [[sum(ns[:i]), ns[i], sum(ns[: i + 1])] for i in range(1, len(ns))]
-    return [[*map(int, m.groups())] for m in found[-1]] == right and closes_with(response, found[-1][-1].end(), sum(ns))
+    tail = TAIL.fullmatch(response, found[-1][-1].end())
+    return [[*map(int, m.groups())] for m in found[-1]] == right and tail is not None and int(tail[1]) == sum(ns)
 
 
 # --- writing texts ---------------------------------------------------------------------------------------------------
@@ -426,8 +416,8 @@ def main(args: argparse.Namespace, world: ModuleType = THIS) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name, records in problem_sets(world, args.seed).items():
             common.write_atomic(out / f"{name}.jsonl", "".join(map(common.to_line, records)))
-            level = mean([r[world.DIFFICULTY] for r in records])
-            print(f"{out / name}.jsonl: {len(records)} problems, mean {world.DIFFICULTY} {level:.2f}")
+            total = sum(r[world.DIFFICULTY] for r in records)
+            print(f"{out / name}.jsonl: {len(records)} problems, mean {world.DIFFICULTY} {total / len(records):.2f}")
         return
 
     if args.command == "check":

@@ -70,8 +70,9 @@ def is_sound(problem: str, response: str) -> bool:
     people, found = parts(problem), toy.passes(response, THIS)
     if not people or not found:
         return False
-    return ("; ".join(m[0] for m in found[-1]) == write_pass(random.Random(0), people)[0]
-            and toy.closes_with(response, found[-1][-1].end(), sum(n for _, n, _ in people)))
+    chain, total = write_pass(random.Random(0), people)  # no misreading: the generator is not used
+    tail = toy.TAIL.fullmatch(response, found[-1][-1].end())
+    return "; ".join(m[0] for m in found[-1]) == chain and tail is not None and int(tail[1]) == total
 
 
 # --- writing texts ---------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_number_of_carries_is_that_of_the_steps_written():
     for _ in range(300):
         problem = toy.draw_problem(rng, "base")
         text, _ = toy.write_pass(rng, toy.parts(problem), toy.SLIP)
-        assert toy.carries(problem) == sum(a % 10 + b >= 10 for a, b, _ in steps(text)[0])
+        assert toy.facts(problem)["carries"] == sum(a % 10 + b >= 10 for a, b, _ in steps(text)[0])
 
 
 def test_first_pass_misreads_addends_at_the_stated_rate():
