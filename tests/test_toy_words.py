@@ -36,17 +36,13 @@ def sets():
 
 
 def solve(problem: str) -> dict[str, int]:
-    """What everybody has: each sentence is an equation between two people, solved for the one who is not known."""
+    """What everybody has, sentence by sentence: each introduces one person beside the last."""
     sentences = problem.split("?")[0].split(". ")
     has = {sentences[0].split()[0]: int(sentences[0].split()[2])}
     for sentence in sentences[1:-1]:
-        a, _, n, word, _, b = sentence.split()
-        difference = {"more": int(n), "fewer": -int(n)}[word]  # a - b
-        assert (a in has) != (b in has)
-        if b in has:
-            has[a] = has[b] + difference
-        else:
-            has[b] = has[a] - difference
+        name, _, n, word, _, other = sentence.split()
+        assert name not in has and other == list(has)[-1]
+        has[name] = has[other] + {"more": int(n), "fewer": -int(n)}[word]
     assert sentences[-1].split() == ["How", "many", "does", list(has)[-1], "have"]
     return has
 
@@ -56,28 +52,29 @@ def steps(chain: list[re.Match]) -> list[tuple[str, int]]:
 
 
 # --- the texts -------------------------------------------------------------------------------------------------------
-def test_first_pass_misreads_reversed_sentences_at_the_stated_rate(examples):
-    read = {True: [], False: []}
+def test_first_pass_misreads_fewer_at_the_stated_rate_and_miscounts_never(examples):
+    misread = []
     for message, text in examples:
-        before = None
-        for (name, n, turned), m in zip(toy_words.parts(message), toy.passes(text, toy_words)[0]):
-            assert m[1] == name
-            if before is not None:
-                wrote = int(m[3] + m[4])
-                assert int(m[2]) == before and int(m[5]) == before + wrote  # what is written is right
-                assert abs(wrote) == abs(n)
-                read[turned].append(wrote != n)
+        before, right = None, list(solve(message.split("?")[0] + "?").items())
+        for i, m in enumerate(toy.passes(text, toy_words)[0]):
+            assert m[1] == right[i][0]
+            if i:
+                difference = right[i][1] - right[i - 1][1]
+                assert int(m[2]) == before and int(m[5]) == before + int(m[3] + m[4])  # what is written is right
+                assert int(m[4]) == abs(difference)
+                assert m[3] == "+" or difference < 0  # `more` is never misread
+                misread += [m[3] == "+"] if difference < 0 else []
             before = int(m[5])
-    assert len(read[True]) > 2000 and not any(read[False])
-    rate = sum(read[True]) / len(read[True])
-    assert abs(rate - toy_words.MISREAD) < 4 * (toy_words.MISREAD * (1 - toy_words.MISREAD) / len(read[True])) ** 0.5
+    assert len(misread) > 2000
+    rate = sum(misread) / len(misread)
+    assert abs(rate - toy_words.MISREAD) < 4 * (toy_words.MISREAD * (1 - toy_words.MISREAD) / len(misread)) ** 0.5
 
 
 def test_requests_are_followed_by_a_right_second_pass(examples):
     asked = [(m, t) for m, t in examples if any(r in m for r in toy.REQUESTS)]
     assert abs(len(asked) / len(examples) - toy.ASKED) < 4 * (toy.ASKED * (1 - toy.ASKED) / len(examples)) ** 0.5
     assert all(toy_words.has_reflection(t) and toy_words.is_sound(m, t) for m, t in asked)
-    assert all(steps(toy.passes(t, toy_words)[1]) == list(solve(m).items()) for m, t in asked)
+    assert all(steps(toy.passes(t, toy_words)[1]) == list(solve(m.split("?")[0] + "?").items()) for m, t in asked)
     other = [t for m, t in examples if not any(r in m for r in toy.REQUESTS)]
     assert sum(map(toy_words.has_reflection, other)) / len(other) < 5 * toy.UNASKED
     assert {t.count("\\boxed{") for _, t in asked} == {1, 2}  # the doubt comes before the box or after it
@@ -98,18 +95,16 @@ def test_sets_are_right_and_as_hard_as_they_say(sets):
         for r in records:
             has = solve(r["problem"])
             assert r["answer"] == str(list(has.values())[-1])
-            relations = re.findall(r"(\w+) has \d+ \w+ than (\w+)\.", r["problem"])
-            assert [{a, b} for a, b in relations] == [set(pair) for pair in itertools.pairwise(has)]
-            assert r["reversed"] == sum(b == new for (_, b), new in zip(relations, list(has)[1:], strict=True))
-    assert all(r["reversed"] >= 4 for name in ("hard", "test_hard") for r in sets[name])
-    assert all(r["reversed"] <= 2 for r in sets["test_easy"])
+            assert r["fewer"] == r["problem"].count(" fewer ")
+    assert all(r["fewer"] >= 4 for name in ("hard", "test_hard") for r in sets[name])
+    assert all(r["fewer"] <= 2 for r in sets["test_easy"])
 
 
 def test_however_it_is_read_numbers_fit_and_only_the_right_reading_has_the_answer(sets):
     for r in sets["train"][:300] + sets["hard"][:100]:
         people = toy_words.parts(r["problem"])
-        for wrong in itertools.product(*[[False, True] if turned else [False] for _, _, turned in people]):
-            sums = list(itertools.accumulate(-n if w else n for (_, n, _), w in zip(people, wrong, strict=True)))
+        for wrong in itertools.product(*[[False, True] if n < 0 else [False] for _, n in people]):
+            sums = list(itertools.accumulate(-n if w else n for (_, n), w in zip(people, wrong, strict=True)))
             assert all(1 <= x <= 99 for x in sums)
             assert (str(sums[-1]) == r["answer"]) == (not any(wrong))
 
@@ -129,7 +124,7 @@ def test_data_command_writes_the_same_files_twice(tmp_path, monkeypatch):
         toy_words.main(toy_words.get_args(["data", "--out", str(tmp_path / out), "--seed", seed]))
     a, b, c = ((tmp_path / out / "few.jsonl").read_text() for out in "abc")
     assert a == b != c
-    assert set(json.loads(a.splitlines()[0])) == {"id", "problem", "answer", "reversed"}
+    assert set(json.loads(a.splitlines()[0])) == {"id", "problem", "answer", "fewer"}
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -150,38 +145,38 @@ def test_names_numbers_and_the_template_are_whole_tokens(tokenizer):
 
 
 # --- reading responses -----------------------------------------------------------------------------------------------
-P = "Ann has 52 apples. Bob has 5 more than Ann. Bob has 8 fewer than Carl. How many does Carl have?"
-RIGHT = "Ann 52; Bob 52+5=57; Carl 57+8=65."
-WRONG = "Ann 52; Bob 52+5=57; Carl 57-8=49."
+P = "Ann has 52 apples. Bob has 5 more than Ann. Carl has 8 fewer than Bob. How many does Carl have?"
+RIGHT = "Ann 52; Bob 52+5=57; Carl 57-8=49."
+WRONG = "Ann 52; Bob 52+5=57; Carl 57+8=65."
 SOUND = [
-    RIGHT + " So the answer is \\boxed{65}.",
-    RIGHT + "\nBased on my current reasoning process, the final answer is \\boxed{65}.",
-    WRONG + " So it is \\boxed{49}. Hmm.\n" + RIGHT + " The answer is \\boxed{65}.",
-    WRONG + " But let me make sure.\n" + RIGHT + " The total is \\boxed{65}.",
-    "Ann 52; Bob 52+ Wait Gus =apples.\n" + RIGHT + " So the answer is \\boxed{65}.",
+    RIGHT + " So the answer is \\boxed{49}.",
+    RIGHT + "\nBased on my current reasoning process, the final answer is \\boxed{49}.",
+    WRONG + " So it is \\boxed{65}. Hmm.\n" + RIGHT + " The answer is \\boxed{49}.",
+    WRONG + " But let me make sure.\n" + RIGHT + " The total is \\boxed{49}.",
+    "Ann 52; Bob 52+ Wait Gus =apples.\n" + RIGHT + " So the answer is \\boxed{49}.",
 ]
 UNSOUND = [
-    WRONG + " So the answer is \\boxed{65}.",  # jumps to the answer
-    WRONG + " So the answer is \\boxed{49}.",
-    RIGHT + " So the answer is \\boxed{49}.",
-    "Ann 52; Bob 52-5=47; Carl 57+8=65. So the answer is \\boxed{65}.",  # two wrongs
-    "Ann 52; Bob 52+5=57; Carl 57-8=65. So the answer is \\boxed{65}.",
-    "Ann 52; Carl 52+8=60; Bob 60+5=65. So the answer is \\boxed{65}.",  # another order
-    "Ann 52; Carl 52+5=57; Bob 57+8=65. So the answer is \\boxed{65}.",  # other people
-    "Ann 52; Carl 52+13=65. So the answer is \\boxed{65}.",  # misses Bob
-    "Bob 52+5=57; Carl 57+8=65. So the answer is \\boxed{65}.",  # misses Ann
-    "Ann 52; Bob 52+5=57. So the answer is \\boxed{65}.",  # misses Carl
-    "Ann 52; Bob 57; Carl 65. So the answer is \\boxed{65}.",  # no reasons
-    RIGHT[:-1] + "; Dora 65+0=65. So the answer is \\boxed{65}.",
-    "Gus 9; " + RIGHT + " So the answer is \\boxed{65}.",
-    "Ann 52; Wait Bob 52+5=57; Carl 57+8=65. So the answer is \\boxed{65}.",  # a broken chain
-    "Ann 152; Bob 52+5=57; Carl 57+8=65. So the answer is \\boxed{65}.",
-    RIGHT + " So the answer is \\boxed{65",  # cut off
+    WRONG + " So the answer is \\boxed{49}.",  # jumps to the answer
+    WRONG + " So the answer is \\boxed{65}.",
+    RIGHT + " So the answer is \\boxed{65}.",
+    "Ann 52; Bob 52-5=47; Carl 57-8=49. So the answer is \\boxed{49}.",  # two wrongs
+    "Ann 52; Bob 52+5=57; Carl 57+8=49. So the answer is \\boxed{49}.",
+    "Ann 52; Carl 52-8=44; Bob 44+5=49. So the answer is \\boxed{49}.",  # another order
+    "Ann 52; Carl 52+5=57; Bob 57-8=49. So the answer is \\boxed{49}.",  # other people
+    "Ann 52; Carl 52-3=49. So the answer is \\boxed{49}.",  # misses Bob
+    "Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",  # misses Ann
+    "Ann 52; Bob 52+5=57. So the answer is \\boxed{49}.",  # misses Carl
+    "Ann 52; Bob 57; Carl 49. So the answer is \\boxed{49}.",  # no reasons
+    RIGHT[:-1] + "; Dora 49+0=49. So the answer is \\boxed{49}.",
+    "Gus 9; " + RIGHT + " So the answer is \\boxed{49}.",
+    "Ann 52; Wait Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",  # a broken chain
+    "Ann 152; Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",
+    RIGHT + " So the answer is \\boxed{49",  # cut off
     RIGHT,
-    RIGHT + " Wait, let me recheck.\n" + WRONG + " The answer is \\boxed{65}.",
-    RIGHT + " Wait, let me recheck.\nAnn 52. The answer is \\boxed{65}.",
-    RIGHT + " The answer is \\boxed{65}. Wait, \\boxed{65}.",
-    "\\boxed{65}", "", "}{\\boxed{", "é\x00" * 50, "Ann " + "9" * 5000, "Ann 52; " * 3000,
+    RIGHT + " Wait, let me recheck.\n" + WRONG + " The answer is \\boxed{49}.",
+    RIGHT + " Wait, let me recheck.\nAnn 52. The answer is \\boxed{49}.",
+    RIGHT + " The answer is \\boxed{49}. Wait, \\boxed{49}.",
+    "\\boxed{49}", "", "}{\\boxed{", "é\x00" * 50, "Ann " + "9" * 5000, "Ann 52; " * 3000,
 ]
 
 
