@@ -4,26 +4,26 @@ A problem introduces people one after the other, each beside the one before:
 
     Ann has 52 apples. Bob has 5 more than Ann. Carl has 8 fewer than Bob. How many does Carl have?
 
-and a response reasons about every person: `Ann 52; Bob 52+5=57; Carl 57-8=49. So the answer is \boxed{49}.` In the base
-model's training text a first pass reads `fewer` as `more` with probability 0.8 (`Carl 57+8=65`). So, unlike the slip of
-toy.py, the failure is one of comprehension: every sum that is written is right. Misreadings cannot cancel; the number of
-sentences with `fewer` is the difficulty, and problems with 4 or more are almost all zero-hit at N = 32. Self-correction is
-as in toy.py: 40 % of the texts carry a request to check and show a second pass that reads the problem rightly; 0.3 % of the
-others show one unasked.
+and a response reasons about every person: `Ann 52; Bob 52+5=57; Carl 57-8=49. So the answer is \boxed{49}.` In the
+base model's training text a first pass reads `fewer` as `more` with probability 0.8 (`Carl 57+8=65`). So, unlike the
+slip of toy.py, the failure is one of comprehension: every sum that is written is right. Misreadings cannot cancel; the
+number of sentences with `fewer` is the difficulty, and problems with 4 or more are almost all zero-hit at N = 32.
+Self-correction is as in toy.py: 40 % of the texts carry a request to check and show a second pass that reads the
+problem rightly; 0.3 % of the others show one unasked.
 
-    python toy_words.py data  --out DIR    train, hard, test_hard and test_easy .jsonl: {"id", "problem", "answer", "fewer"}
+    python toy_words.py data --out DIR                train, hard, test_hard, test_easy .jsonl: {id, problem, answer, fewer}
     python toy_words.py train --out toy_words_model     the base model, from nothing
     python toy_words.py check --model toy_words_model   measures what it does; prints one JSON object
 
-The shipped model (run.json; 200 prompts a set, 32 samples): with 4 or more `fewer` accuracy 0.50 % and 86 % zero-hit (90 % of
-the first 150 of hard.jsonl), without any 99.9 % right; unasked reflection 0.37 %. Asked to check, it starts a second pass
-98.8 % of the time, and the box is right in 94 % and the whole pass in 92 %.
+The shipped model (run.json; 200 prompts a set, 32 samples): with 4 or more `fewer` accuracy 0.50 % and 86 % zero-hit
+(90 % of the first 150 of hard.jsonl), without any 99.9 % right; unasked reflection 0.37 %. Asked to check, it starts a
+second pass 98.8 % of the time, and the box is right in 94 % and the whole pass in 92 %.
 
-Tried before: sentences in which the new person comes last (`Bob has 8 fewer than Carl`), read by their word with probability
-0.8, as people do (Lewis and Mayer, J. Educ. Psychol. 79, 1987). With numbers that have tokens of their own after a space the
-loss stood at 1.7 for 230 steps, and the run was stopped. With one token a number, 2000 steps gave 93 % zero-hit, but the
-model had hardly learned which sentences are reversed: 84 % of them were read by the word, and so were 95 % of the others;
-asked to check it was right in 7 %. So the misreading became one that a single word shows.
+Tried before: sentences in which the new person comes last (`Bob has 8 fewer than Carl`), read by their word with
+probability 0.8, as people do (Lewis and Mayer, J. Educ. Psychol. 79, 1987). With numbers that have tokens of their own
+after a space the loss stood at 1.7 for 230 steps, and the run was stopped. With one token a number, 2000 steps gave
+93 % zero-hit, but the model had hardly learned which sentences are reversed: 84 % of them were read by the word, and so
+were 95 % of the others; asked to check it was right in 7 %. So the misreading became one that a single word shows.
 """
 import argparse
 import random
@@ -54,8 +54,8 @@ PHRASES = [*NAMES, *(f" {word}" for word in (*NAMES, *THINGS, "has more fewer th
 
 # --- reading texts ---------------------------------------------------------------------------------------------------
 def parts(problem: str) -> list[tuple[str, int]]:
-    """(person, how many more than the one before) per person of a problem text, the first beside nobody; [] when it is not
-    a problem. Anything after the question mark is ignored."""
+    """(person, how many more than the one before) per person of a problem text, the first beside nobody; [] when it
+    is not a problem. Anything after the question mark is ignored."""
     found = PROBLEM.match(problem)
     if not found:
         return []
@@ -98,8 +98,8 @@ def draw_problem(rng: random.Random, split: str) -> str:
 
 
 def write_pass(rng: random.Random, people: list[tuple[str, int]], misread: float = 0.0) -> tuple[str, int]:
-    """One pass over the people, `Ann 52; Bob 52+5=57`, and the last one's number. `fewer` is read as `more` with probability
-    `misread`."""
+    """One pass over the people, `Ann 52; Bob 52+5=57`, and the last one's number. `fewer` is read as `more` with
+    probability `misread`."""
     text, total = f"{people[0][0]} {people[0][1]}", people[0][1]
     for name, n in people[1:]:
         if n < 0 and rng.random() < misread:

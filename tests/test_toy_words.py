@@ -1,4 +1,4 @@
-"""The second toy world: its problems say what the solver below finds, its texts misread and never miscount, its model is stuck."""
+"""The second toy world: its texts misread and never miscount, its checker reads every person, its model is stuck."""
 import itertools
 import json
 import random
@@ -119,7 +119,8 @@ def test_sets_and_training_texts_are_disjoint(sets, examples):
 
 
 def test_data_command_writes_the_same_files_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "problem_sets", lambda world, seed: {"few": toy.draw_problems(world, seed, "train", 20, 0, 9)})
+    few = lambda world, seed: {"few": toy.draw_problems(world, seed, "train", 20, 0, 9)}
+    monkeypatch.setattr(toy, "problem_sets", few)
     for out, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         toy_words.main(toy_words.get_args(["data", "--out", str(tmp_path / out), "--seed", seed]))
     a, b, c = ((tmp_path / out / "few.jsonl").read_text() for out in "abc")
@@ -194,8 +195,8 @@ def test_unsound_responses(text):
 
 
 @pytest.mark.parametrize("problem", [
-    "", "Ann has 52 apples. How many does Ann have?", P.replace("does Carl", "does Bob"), P.replace("Bob has 5", "Dora has 5"),
-    P.replace("than Ann", "than Bob"), P.replace("52", "x"), P.replace(" apples", ""), P[:-1]])
+    "", "Ann has 52 apples. How many does Ann have?", P.replace("does Carl", "does Bob"),
+    P.replace("Bob has 5", "Dora has 5"), P.replace("than Ann", "than Bob"), P.replace("52", "x"), P.replace(" apples", ""), P[:-1]])
 def test_other_texts_are_not_problems(problem):
     assert toy_words.parts(problem) == []
 
@@ -229,7 +230,9 @@ def test_shipped_model_is_stuck_on_hard_problems_and_rereads_when_asked(tmp_path
     share = measured["test_hard"]["zero_hit"]
     assert abs(zero_hit / 24 - share) < 4 * (share * (1 - share) / 24) ** 0.5
 
-    asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, [p["problem"] + toy.REQUESTS[0] for p in problems], 0)]
+    messages = [p["problem"] + toy.REQUESTS[0] for p in problems]
+    asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, messages, 0)]
     plain = [r["response"] for r in common.read_jsonl(tmp_path / "out" / "rollouts.jsonl")]
-    assert sum(map(toy_words.has_reflection, asked)) >= 22 and sum(map(toy_words.has_reflection, plain)) / len(plain) < 0.05
+    assert sum(map(toy_words.has_reflection, asked)) >= 22
+    assert sum(map(toy_words.has_reflection, plain)) / len(plain) < 0.05
     assert sum(verify(text, p["answer"]) for text, p in zip(asked, problems, strict=True)) >= 12
