@@ -11,7 +11,7 @@ number of sentences with `fewer` is the difficulty, and problems with 4 or more 
 Self-correction is as in toy.py: 40 % of the texts carry a request to check and show a second pass that reads the
 problem rightly; 0.3 % of the others show one unasked.
 
-    python toy_words.py data --out DIR                train, hard, test_hard, test_easy .jsonl: id, problem, answer, fewer
+    python toy_words.py data --out DIR                 four .jsonl: "id", "problem", "answer", "fewer"
     python toy_words.py train --out toy_words_model     the base model, from nothing
     python toy_words.py check --model toy_words_model   measures what it does; prints one JSON object
 
