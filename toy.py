@@ -13,11 +13,12 @@ in 0.3 % of the texts. So the model can correct itself and rarely does.
     python toy.py train --out toy_model   the base model, from nothing (safetensors, tokenizer, run.json)
     python toy.py check --model toy_model measures what the base model does; prints one JSON object
 
-The shipped model (run.json; 200 prompts a set, 32 samples): on >= 4 carries accuracy 0.36 % and 89 % zero-hit, unasked
-reflection 0.11 %, loss 0.131 a token over a floor of 0.123 that the draws themselves make. Asked to check, it starts a
-second pass 99.8 % of the time, and the box is right in 77 % and the whole pass in 59 %: good to 4 additions, and worse
-with every further one (of 8, 6 %), because it loses its place among the addends, not in the arithmetic. Tried: a Qwen2 of
-the same size (see build_model).
+The shipped model (run.json; 200 prompts a set, 32 samples): on >= 4 carries accuracy 0.17 % and 94 % zero-hit, unasked
+reflection 0.22 %. Asked to check, it starts a second pass 99.8 % of the time, and the box is right in 91 % and the whole pass
+in 89 %. Tried: a Qwen2 of the same size (see build_model).
+
+toy_words.py is a second world, made by the same code. A world is a module that has its own TRAINING, DIFFICULTY, HARD,
+FIRST_PASS, PHRASES, STEP and JOIN, and parts, facts, is_sound, draw_problem and write_pass.
 
 One process; every draw is a function of --seed. The problem sets and the training texts come from different hash classes
 of the problem string, so no problem is in two of them.
@@ -28,9 +29,11 @@ import json
 import platform
 import random
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import transformers
@@ -44,13 +47,18 @@ from verifier import verify
 
 # Dimension key: B texts, T tokens (prompt and response), V rows of the embedding
 
+THIS = sys.modules[__name__]
+
 SLIP = 0.80  # probability that a carry is forgotten in a first pass
 ASKED = 0.40  # share of training texts with a request to check
 MISREAD = 0.01  # probability that a first pass misreads an addend
 UNASKED = 0.003  # share of the other texts that check all the same: what the revision has to find
 INSTRUCTED = 0.05  # share of training prompts that end with the usual instruction, which changes nothing
 ADDITIONS = (2, 6)  # fewest and most additions of a problem
+FIRST_PASS = (SLIP, MISREAD)
+DIFFICULTY = "carries"  # field of the records that says how hard a problem is
 HARD = 4  # carries from which a problem counts as hard
+TRAINING = {"steps": 2400, "batch": 64, "lr": 3e-3}  # defaults of `train`
 
 TEMPLATE = " So the answer is \\boxed{"  # the toy's c_tmpl for revise.py: its commonest closing, up to the answer
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -69,6 +77,7 @@ REFLECTIONS = (" Wait, let me recheck.", " Hmm, let me verify each step.", " Act
                " But let me make sure.")
 
 UNK, PAD, START, EOS = "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PHRASES = [*JOINS]  # what the texts hold beside the phrases of all worlds
 # One alternative per kind of token, as byte-pair vocabularies have them: words carry their leading space, numbers do not.
 PIECE = r" \\boxed\{|\}\.|\.\n| ?[A-Za-z-]+|[1-9]\d|[\s\S]"
 CHAT_TEMPLATE = (
@@ -82,16 +91,16 @@ TAIL = re.compile(r"[^\d+=]*\\boxed\{(\d{1,9})\}[^\d+=]*")  # from the last step
 
 
 # --- reading texts ---------------------------------------------------------------------------------------------------
-def numbers(problem: str) -> list[int]:
+def parts(problem: str) -> list[int]:
     """Start and addends of a problem text, [] when it is not one. Anything after the question mark is ignored."""
     found = re.match(r"\s*(\d{1,9}(?:\+\d{1,9})+)\?", problem)
     return [int(x) for x in found[1].split("+")] if found else []
 
 
-def carries(problem: str) -> int:
-    """Number of steps of the running sum that cross a ten: the difficulty of a problem."""
-    ns = numbers(problem)
-    return sum(sum(ns[:i]) % 10 + ns[i] >= 10 for i in range(1, len(ns)))
+def facts(problem: str) -> dict:
+    """What the record of a problem says beside its text: the gold answer and the number of steps that cross a ten."""
+    ns = parts(problem)
+    return {"answer": str(sum(ns)), "carries": sum(sum(ns[:i]) % 10 + ns[i] >= 10 for i in range(1, len(ns)))}
 
 
 def has_reflection(text: str) -> bool:
@@ -99,19 +108,19 @@ def has_reflection(text: str) -> bool:
     return REFLECTION.search(text) is not None
 
 
-def steps(text: str) -> list[list[tuple[int, int, int]]]:
-    """The steps `a+b=c` of a response as (a, b, c), one list per pass.
+def passes(text: str, world: ModuleType = THIS) -> list[list[re.Match]]:
+    """The steps `a+b=c` of a response, their numbers as groups, one list per pass.
 
     Steps belong to one pass while only a join (`;`) stands between them. Anything else ends the pass, so that
     garbage inside a chain breaks it instead of being read over.
     """
-    passes, end = [], None
-    for m in STEP.finditer(text):
-        if end is None or not JOIN.fullmatch(text, end, m.start()):
-            passes.append([])
-        passes[-1].append((int(m[1]), int(m[2]), int(m[3])))
+    found, end = [], None
+    for m in world.STEP.finditer(text):
+        if end is None or not world.JOIN.fullmatch(text, end, m.start()):
+            found.append([])
+        found[-1].append(m)
         end = m.end()
-    return passes
+    return found
 
 
 def is_sound(problem: str, response: str) -> bool:
@@ -119,12 +128,12 @@ def is_sound(problem: str, response: str) -> bool:
 
     Stricter than the verifier, which sees only the box: a response that jumps to the gold answer is right and not sound.
     """
-    ns, passes = numbers(problem), steps(response)
-    if not ns or not passes:
+    ns, found = parts(problem), passes(response)
+    if not ns or not found:
         return False
-    right = [(sum(ns[:i]), ns[i], sum(ns[: i + 1])) for i in range(1, len(ns))]
-    tail = TAIL.fullmatch(response, [m.end() for m in STEP.finditer(response)][-1])
-    return passes[-1] == right and tail is not None and int(tail[1]) == sum(ns)
+    right = [[sum(ns[:i]), ns[i], sum(ns[: i + 1])] for i in range(1, len(ns))]
+    tail = TAIL.fullmatch(response, found[-1][-1].end())
+    return [[*map(int, m.groups())] for m in found[-1]] == right and tail is not None and int(tail[1]) == sum(ns)
 
 
 # --- writing texts ---------------------------------------------------------------------------------------------------
@@ -163,61 +172,64 @@ def write_pass(rng: random.Random, ns: list[int], slip: float = 0.0, misread: fl
     return text, total
 
 
-def write_text(rng: random.Random, problem: str, reflect: bool) -> str:
+def write_text(world: ModuleType, rng: random.Random, problem: str, reflect: bool) -> str:
     """A response: a first pass and its box; with `reflect` a clean second pass, after the box or from any step on.
 
     The second pass has to read the problem again: a first pass that was broken off or misread is no help to it.
     """
-    ns = numbers(problem)
+    read = world.parts(problem)
     if reflect and rng.random() < 0.5:
-        stop = rng.choice([len(ns), rng.randint(2, len(ns))])  # numbers read so far: doubts come at any step, and most often at the last
-        text = write_pass(rng, ns[:stop], SLIP, MISREAD)[0] + "."
+        # Parts read so far: doubts come at any step, and most often at the last
+        stop = rng.choice([len(read), rng.randint(2, len(read))])
+        text = world.write_pass(rng, read[:stop], *world.FIRST_PASS)[0] + "."
     else:
-        text, total = write_pass(rng, ns, SLIP, MISREAD)
+        text, total = world.write_pass(rng, read, *world.FIRST_PASS)
         text += f"{pick(rng, CLOSINGS)} \\boxed{{{total}}}."
     if not reflect:
         return text
-    again, total = write_pass(rng, ns)
-    # A line break before the second pass: numbers have no leading space, and ".\n" is one token
+    again, total = world.write_pass(rng, read)
+    # A line break before the second pass: its first piece has no leading space, and ".\n" is one token
     return f"{text}{rng.choice(REFLECTIONS)}\n{again}{pick(rng, CLOSINGS)} \\boxed{{{total}}}."
 
 
-def draw_example(rng: random.Random) -> tuple[str, str]:
+def draw_example(world: ModuleType, rng: random.Random) -> tuple[str, str]:
     """One (user message, response) of the base model's training text."""
-    problem = draw_problem(rng, "base")
+    problem = world.draw_problem(rng, "base")
     asked = rng.random() < ASKED
-    response = write_text(rng, problem, asked or rng.random() < UNASKED)
+    response = write_text(world, rng, problem, asked or rng.random() < UNASKED)
     message = problem + (rng.choice(REQUESTS) if asked else "")
     return message + (rng.choice("\n ") + INSTRUCTION if rng.random() < INSTRUCTED else ""), response
 
 
-def draw_problems(seed: int, split: str, size: int, low: int, high: int) -> list[dict]:
-    """`size` different problems of one hash class with `low` to `high` carries, as JSONL records."""
+def draw_problems(world: ModuleType, seed: int, split: str, size: int, low: int, high: int) -> list[dict]:
+    """`size` different problems of one hash class with a difficulty of `low` to `high`, as JSONL records."""
     rng, seen = random.Random(f"{seed}/{split}"), {}
     while len(seen) < size:
-        problem = draw_problem(rng, split)
-        if low <= carries(problem) <= high:
-            seen[problem] = sum(numbers(problem))
-    return [{"id": f"{split}-{i}", "problem": p, "answer": str(a), "carries": carries(p)}
-            for i, (p, a) in enumerate(seen.items())]
+        problem = world.draw_problem(rng, split)
+        known = world.facts(problem)
+        if low <= known[world.DIFFICULTY] <= high:
+            seen[problem] = known
+    return [{"id": f"{split}-{i}", "problem": p, **known} for i, (p, known) in enumerate(seen.items())]
 
 
-def problem_sets(seed: int) -> dict[str, list[dict]]:
+def problem_sets(world: ModuleType, seed: int) -> dict[str, list[dict]]:
     """The four problem sets, none with a request to check: {name: records}."""
     return {
-        "train": draw_problems(seed, "train", 2000, 0, 99),
-        "hard": draw_problems(seed, "hard", 600, HARD, 99),
-        "test_hard": draw_problems(seed, "test_hard", 400, HARD, 99),
-        "test_easy": draw_problems(seed, "test_easy", 400, 0, 2),
+        "train": draw_problems(world, seed, "train", 2000, 0, 99),
+        "hard": draw_problems(world, seed, "hard", 600, world.HARD, 99),
+        "test_hard": draw_problems(world, seed, "test_hard", 400, world.HARD, 99),
+        "test_easy": draw_problems(world, seed, "test_easy", 400, 0, 2),
     }
 
 
 # --- tokenizer, model, batches ---------------------------------------------------------------------------------------
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(world: ModuleType) -> PreTrainedTokenizerFast:
     """A fast tokenizer whose vocabulary is every piece of the world's texts. Decoding joins the pieces as they are."""
-    phrases = [*CLOSINGS, *JOINS, *REQUESTS, *REFLECTIONS, TEMPLATE, INSTRUCTION, "user\nassistant\nsystem +=?;}\n"]
-    words = sorted({piece for phrase in phrases for piece in re.findall(PIECE, phrase)})
-    vocab = [UNK, PAD, START, EOS, *map(str, range(100)), *words]
+    phrases = [*CLOSINGS, *REQUESTS, *REFLECTIONS, *world.PHRASES, TEMPLATE, INSTRUCTION,
+               "user\nassistant\nsystem +=?;}\n"]
+    words = {piece for phrase in phrases for piece in re.findall(PIECE, phrase)}
+    numbers = [*map(str, range(100))]
+    vocab = [UNK, PAD, START, EOS, *numbers, *sorted(words.difference(numbers))]
     backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocab)}, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
     backend.decoder = decoders.Fuse()
@@ -270,12 +282,12 @@ def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, 
     return ids, ids.masked_fill((t < start) | (t >= end), -100)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, count: int, size: int) -> Iterator:
+def batches(world: ModuleType, tokenizer: PreTrainedTokenizerFast, seed: int, count: int, size: int) -> Iterator:
     """`count` batches (ids, labels) of `size` fresh training texts. Texts are drawn 16 batches at a time and batched
     by length, which saves about a third of the time; the order of the batches is shuffled again."""
     for first in range(0, count, 16):
         rng = random.Random(f"{seed}/text/{first}")
-        rows = encode_batch(tokenizer, [draw_example(rng) for _ in range(16 * size)])
+        rows = encode_batch(tokenizer, [draw_example(world, rng) for _ in range(16 * size)])
         rows.sort(key=lambda row: len(row[0]))
         pool = [rows[i : i + size] for i in range(0, len(rows), size)]
         rng.shuffle(pool)
@@ -290,7 +302,7 @@ def text_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) 
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
-def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> float:
+def fit(world: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> float:
     """Trains in place; returns the mean loss of the last 50 steps (nats per response token)."""
     decay = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -302,7 +314,7 @@ def fit(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argpa
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, cosine], [warmup])
     model.train()
     losses = []
-    bar = tqdm(batches(tokenizer, args.seed, args.steps, args.batch), total=args.steps, mininterval=5)
+    bar = tqdm(batches(world, tokenizer, args.seed, args.steps, args.batch), total=args.steps, mininterval=5)
     for ids, labels in bar:
         loss = text_loss(model, ids, labels)
         optimizer.zero_grad()
@@ -333,20 +345,21 @@ def respond(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, message
     return rows
 
 
-def cut_from_chain(tokenizer: PreTrainedTokenizerFast, ids: list[int], rho: float) -> int:
+def cut_from_chain(world: ModuleType, tokenizer: PreTrainedTokenizerFast, ids: list[int], rho: float) -> int:
     """Where the revision's cut floor(rho * tokens), EOS counted, falls from the last token of the first pass, in tokens:
     0 right after it, 1 after its full stop, more inside the closing sentence, negative inside the chain."""
     text = tokenizer.decode(ids)
-    ends = [m.end() for m in STEP.finditer(text)][: len((steps(text) or [[]])[0])]
-    return int(rho * len(ids)) - len(tokenizer(text[: max(ends, default=0)])["input_ids"])
+    end = max((m.end() for chain in passes(text, world)[:1] for m in chain), default=0)
+    return int(rho * len(ids)) - len(tokenizer(text[:end])["input_ids"])
 
 
-def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, size: int, n: int) -> dict:
+def measure(world: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, size: int,
+            n: int) -> dict:
     """What the base model does on `size` held-out hard and easy prompts, `n` samples each, and once each when asked to
     check. Shares and accuracies are means over samples, zero_hit over prompts."""
-    sets = {name: problem_sets(seed)[name][:size] for name in ("test_hard", "test_easy")}
+    sets = {name: problem_sets(world, seed)[name][:size] for name in ("test_hard", "test_easy")}
     with torch.no_grad():  # seed + 1: texts that the training run has not drawn
-        losses = [text_loss(model, *batch).item() for batch in batches(tokenizer, seed + 1, 16, 64)]
+        losses = [text_loss(model, *batch).item() for batch in batches(world, tokenizer, seed + 1, 16, 64)]
     report, unasked = {"prompts": size, "n": n, "loss_per_token": mean(losses)}, []
     for name, problems in sets.items():
         rows = respond(model, tokenizer, [p["problem"] for p in problems for _ in range(n)], seed)
@@ -356,13 +369,13 @@ def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: i
         unasked += map(has_reflection, texts)
         report[name] = {
             "accuracy": mean(right), "zero_hit": mean([h == 0 for h in hits]), "mean_tokens": mean(list(map(len, rows))),
-            "finished": mean([ids[-1] == tokenizer.eos_token_id for ids in rows]), "by_carries": {}}
-        for c in sorted({p["carries"] for p in problems}):
-            of = [h for h, p in zip(hits, problems, strict=True) if p["carries"] == c]
-            report[name]["by_carries"][c] = {
+            "finished": mean([ids[-1] == tokenizer.eos_token_id for ids in rows]), (by := f"by_{world.DIFFICULTY}"): {}}
+        for d in sorted({p[world.DIFFICULTY] for p in problems}):
+            of = [h for h, p in zip(hits, problems, strict=True) if p[world.DIFFICULTY] == d]
+            report[name][by][d] = {
                 "prompts": len(of), "accuracy": mean([h / n for h in of]), "zero_hit": mean([h == 0 for h in of])}
         if name == "test_hard":
-            cuts = [cut_from_chain(tokenizer, ids, 0.8) for ids in rows]
+            cuts = [cut_from_chain(world, tokenizer, ids, 0.8) for ids in rows]
             report["cut"] = {"inside_closing": mean([c > 1 for c in cuts]), "at_chain_end": mean([0 <= c <= 1 for c in cuts]),
                              "tokens_left": mean([len(ids) - int(0.8 * len(ids)) for ids in rows])}
     report["reflects_unasked"] = mean(unasked)
@@ -372,21 +385,21 @@ def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: i
     report["asked"] = {
         "reflects": mean(list(map(has_reflection, texts))), "mean_tokens": mean(list(map(len, rows))),
         "right": mean([verify(text, p["answer"]) for text, p in zip(texts, asked, strict=True)]),
-        "sound": mean([is_sound(p["problem"], text) for text, p in zip(texts, asked, strict=True)])}
+        "sound": mean([world.is_sound(p["problem"], text) for text, p in zip(texts, asked, strict=True)])}
     return report
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def get_args(argv: list[str] | None = None, world: ModuleType = THIS) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=world.__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write the problem sets")
     data.add_argument("--out", required=True, help="[ours] folder for train, hard, test_hard and test_easy .jsonl")
     train = commands.add_parser("train", help="train the base model from nothing")
     train.add_argument("--out", required=True, help="[ours] folder for the model, the tokenizer and run.json")
-    train.add_argument("--steps", type=int, default=2400, help="[ours] optimizer steps")
-    train.add_argument("--batch", type=int, default=64, help="[ours] texts per step")
-    train.add_argument("--lr", type=float, default=3e-3, help="[ours] peak learning rate")
+    train.add_argument("--steps", type=int, default=world.TRAINING["steps"], help="[ours] optimizer steps")
+    train.add_argument("--batch", type=int, default=world.TRAINING["batch"], help="[ours] texts per step")
+    train.add_argument("--lr", type=float, default=world.TRAINING["lr"], help="[ours] peak learning rate")
     check = commands.add_parser("check", help="measure a trained base model")
     common.add_model_args(check)
     for command in (train, check):
@@ -397,37 +410,38 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, world: ModuleType = THIS) -> None:
     if args.command == "data":
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        for name, records in problem_sets(args.seed).items():
+        for name, records in problem_sets(world, args.seed).items():
             common.write_atomic(out / f"{name}.jsonl", "".join(map(common.to_line, records)))
-            print(f"{out / name}.jsonl: {len(records)} problems, mean carries {mean([r['carries'] for r in records]):.2f}")
+            total = sum(r[world.DIFFICULTY] for r in records)
+            print(f"{out / name}.jsonl: {len(records)} problems, mean {world.DIFFICULTY} {total / len(records):.2f}")
         return
 
     if args.command == "check":
         model, tokenizer, _ = common.load_model(args, common.pick_device(args))
-        print(json.dumps(measure(model, tokenizer, args.seed, args.prompts, args.n), indent=1))
+        print(json.dumps(measure(world, model, tokenizer, args.seed, args.prompts, args.n), indent=1))
         return
 
     begin = time.time()
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(world)
     model = build_model(tokenizer, args.seed)
-    loss = fit(model, tokenizer, args)
+    loss = fit(world, model, tokenizer, args)
     seconds = time.time() - begin
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     run = {
-        "command": f"python toy.py train --out {args.out} --steps {args.steps} --batch {args.batch} --lr {args.lr} "
-                   f"--seed {args.seed}",
+        "command": f"python {Path(world.__file__).name} train --out {args.out} --steps {args.steps} --batch {args.batch} "
+                   f"--lr {args.lr} --seed {args.seed}",
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "final_loss": round(loss, 5),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    run["measured"] = measure(model, tokenizer, args.seed, args.prompts, args.n) if args.prompts else None
+    run["measured"] = measure(world, model, tokenizer, args.seed, args.prompts, args.n) if args.prompts else None
     common.write_atomic(Path(args.out) / "run.json", json.dumps(run, indent=1) + "\n")
     print(json.dumps(run, indent=1))
 

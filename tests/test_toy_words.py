@@ -1,0 +1,239 @@
+"""The second toy world: its texts misread and never miscount, its checker reads every person, its model is stuck."""
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_toy import check_pair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import rollout
+import toy
+import toy_words
+from verifier import verify
+
+SHIPPED = Path(__file__).parent.parent / "toy_words_model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy.build_tokenizer(toy_words)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = random.Random(0)
+    return [toy.draw_example(toy_words, rng) for _ in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return toy.problem_sets(toy_words, 0)
+
+
+def solve(problem: str) -> dict[str, int]:
+    """What everybody has, sentence by sentence: each introduces one person beside the last."""
+    sentences = problem.split("?")[0].split(". ")
+    has = {sentences[0].split()[0]: int(sentences[0].split()[2])}
+    for sentence in sentences[1:-1]:
+        name, _, n, word, _, other = sentence.split()
+        assert name not in has and other == list(has)[-1]
+        has[name] = has[other] + {"more": int(n), "fewer": -int(n)}[word]
+    assert sentences[-1].split() == ["How", "many", "does", list(has)[-1], "have"]
+    return has
+
+
+def steps(chain: list[re.Match]) -> list[tuple[str, int]]:
+    return [(m[1], int(m[5])) for m in chain]
+
+
+# --- the texts -------------------------------------------------------------------------------------------------------
+def test_first_pass_misreads_fewer_at_the_stated_rate_and_miscounts_never(examples):
+    misread = []
+    for message, text in examples:
+        before, right = None, list(solve(message.split("?")[0] + "?").items())
+        for i, m in enumerate(toy.passes(text, toy_words)[0]):
+            assert m[1] == right[i][0]
+            if i:
+                difference = right[i][1] - right[i - 1][1]
+                assert int(m[2]) == before and int(m[5]) == before + int(m[3] + m[4])  # what is written is right
+                assert int(m[4]) == abs(difference)
+                assert m[3] == "+" or difference < 0  # `more` is never misread
+                misread += [m[3] == "+"] if difference < 0 else []
+            before = int(m[5])
+    assert len(misread) > 2000
+    rate = sum(misread) / len(misread)
+    assert abs(rate - toy_words.MISREAD) < 4 * (toy_words.MISREAD * (1 - toy_words.MISREAD) / len(misread)) ** 0.5
+
+
+def test_requests_are_followed_by_a_right_second_pass(examples):
+    asked = [(m, t) for m, t in examples if any(r in m for r in toy.REQUESTS)]
+    assert abs(len(asked) / len(examples) - toy.ASKED) < 4 * (toy.ASKED * (1 - toy.ASKED) / len(examples)) ** 0.5
+    assert all(toy_words.has_reflection(t) and toy_words.is_sound(m, t) for m, t in asked)
+    assert all(steps(toy.passes(t, toy_words)[1]) == list(solve(m.split("?")[0] + "?").items()) for m, t in asked)
+    other = [t for m, t in examples if not any(r in m for r in toy.REQUESTS)]
+    assert sum(map(toy_words.has_reflection, other)) / len(other) < 5 * toy.UNASKED
+    assert {t.count("\\boxed{") for _, t in asked} == {1, 2}  # the doubt comes before the box or after it
+
+
+def test_texts_are_a_function_of_the_seed(tokenizer):
+    first, again, other = (next(toy.batches(toy_words, tokenizer, seed, 1, 8))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+# --- the problem sets ------------------------------------------------------------------------------------------------
+def test_sets_are_right_and_as_hard_as_they_say(sets):
+    sizes = {name: len(records) for name, records in sets.items()}
+    assert sizes == {"train": 2000, "hard": 600, "test_hard": 400, "test_easy": 400}
+    for records in sets.values():
+        assert len({r["id"] for r in records}) == len(records)
+        for r in records:
+            has = solve(r["problem"])
+            assert r["answer"] == str(list(has.values())[-1])
+            assert r["fewer"] == r["problem"].count(" fewer ")
+    assert all(r["fewer"] >= 4 for name in ("hard", "test_hard") for r in sets[name])
+    assert all(r["fewer"] <= 2 for r in sets["test_easy"])
+
+
+def test_however_it_is_read_numbers_fit_and_only_the_right_reading_has_the_answer(sets):
+    for r in sets["train"][:300] + sets["hard"][:100]:
+        people = toy_words.parts(r["problem"])
+        for wrong in itertools.product(*[[False, True] if n < 0 else [False] for _, n in people]):
+            sums = list(itertools.accumulate(-n if w else n for (_, n), w in zip(people, wrong, strict=True)))
+            assert all(1 <= x <= 99 for x in sums)
+            assert (str(sums[-1]) == r["answer"]) == (not any(wrong))
+
+
+def test_sets_and_training_texts_are_disjoint(sets, examples):
+    by_set = {name: {r["problem"] for r in records} for name, records in sets.items()}
+    assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
+    texts = {m.split("?")[0] + "?" for m, _ in examples}
+    assert {toy.split_of(t) for t in texts} == {"base"}
+    for name, problems in by_set.items():
+        assert {toy.split_of(p) for p in problems} == {name}
+
+
+def test_data_command_writes_the_same_files_twice(tmp_path, monkeypatch):
+    few = lambda world, seed: {"few": toy.draw_problems(world, seed, "train", 20, 0, 9)}
+    monkeypatch.setattr(toy, "problem_sets", few)
+    for out, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        toy_words.main(toy_words.get_args(["data", "--out", str(tmp_path / out), "--seed", seed]))
+    a, b, c = ((tmp_path / out / "few.jsonl").read_text() for out in "abc")
+    assert a == b != c
+    assert set(json.loads(a.splitlines()[0])) == {"id", "problem", "answer", "fewer"}
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+def test_tokenizer_round_trips_every_text(tokenizer, examples, sets):
+    for s in (*itertools.chain(*examples), *(r["problem"] for r in sets["train"])):
+        ids = tokenizer(s)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == s == "".join(tokenizer.decode([i]) for i in ids)
+
+
+def test_names_numbers_and_the_template_are_whole_tokens(tokenizer):
+    def pieces(s):
+        return tokenizer.convert_ids_to_tokens(tokenizer(s)["input_ids"])
+
+    assert pieces("Ann 52; Bob 52-5=47") == ["Ann", " ", "52", ";", " Bob", " ", "52", "-", "5", "=", "47"]
+    assert pieces(" Bob has 5 fewer than Ann.") == [" Bob", " has", " ", "5", " fewer", " than", " Ann", "."]
+    assert pieces(toy_words.TEMPLATE + "47}.") == [" So", " the", " answer", " is", " \\boxed{", "47", "}."]
+
+
+# --- reading responses -----------------------------------------------------------------------------------------------
+P = "Ann has 52 apples. Bob has 5 more than Ann. Carl has 8 fewer than Bob. How many does Carl have?"
+RIGHT = "Ann 52; Bob 52+5=57; Carl 57-8=49."
+WRONG = "Ann 52; Bob 52+5=57; Carl 57+8=65."
+SOUND = [
+    RIGHT + " So the answer is \\boxed{49}.",
+    RIGHT + "\nBased on my current reasoning process, the final answer is \\boxed{49}.",
+    WRONG + " So it is \\boxed{65}. Hmm.\n" + RIGHT + " The answer is \\boxed{49}.",
+    WRONG + " But let me make sure.\n" + RIGHT + " The total is \\boxed{49}.",
+    "Ann 52; Bob 52+ Wait Gus =apples.\n" + RIGHT + " So the answer is \\boxed{49}.",
+]
+UNSOUND = [
+    WRONG + " So the answer is \\boxed{49}.",  # jumps to the answer
+    WRONG + " So the answer is \\boxed{65}.",
+    RIGHT + " So the answer is \\boxed{65}.",
+    "Ann 52; Bob 52-5=47; Carl 57-8=49. So the answer is \\boxed{49}.",  # two wrongs
+    "Ann 52; Bob 52+5=57; Carl 57+8=49. So the answer is \\boxed{49}.",
+    "Ann 52; Carl 52-8=44; Bob 44+5=49. So the answer is \\boxed{49}.",  # another order
+    "Ann 52; Carl 52+5=57; Bob 57-8=49. So the answer is \\boxed{49}.",  # other people
+    "Ann 52; Carl 52-3=49. So the answer is \\boxed{49}.",  # misses Bob
+    "Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",  # misses Ann
+    "Ann 52; Bob 52+5=57. So the answer is \\boxed{49}.",  # misses Carl
+    "Ann 52; Bob 57; Carl 49. So the answer is \\boxed{49}.",  # no reasons
+    RIGHT[:-1] + "; Dora 49+0=49. So the answer is \\boxed{49}.",
+    "Gus 9; " + RIGHT + " So the answer is \\boxed{49}.",
+    "Ann 52; Wait Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",  # a broken chain
+    "Ann 152; Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",
+    RIGHT + " So the answer is \\boxed{49",  # cut off
+    RIGHT,
+    RIGHT + " Wait, let me recheck.\n" + WRONG + " The answer is \\boxed{49}.",
+    RIGHT + " Wait, let me recheck.\nAnn 52. The answer is \\boxed{49}.",
+    RIGHT + " The answer is \\boxed{49}. Wait, \\boxed{49}.",
+    "\\boxed{49}", "", "}{\\boxed{", "é\x00" * 50, "Ann " + "9" * 5000, "Ann 52; " * 3000,
+]
+
+
+@pytest.mark.parametrize("text", SOUND)
+def test_sound_responses(text):
+    assert toy_words.is_sound(P, text) is True
+    assert toy_words.is_sound(P + " Check your work.\n" + toy.INSTRUCTION, text) is True
+    assert toy_words.is_sound(P.replace("8", "7"), text) is False
+
+
+@pytest.mark.parametrize("text", UNSOUND)
+def test_unsound_responses(text):
+    assert toy_words.is_sound(P, text) is False
+    assert toy_words.is_sound("no problem at all", text) is False
+
+
+@pytest.mark.parametrize("problem", [
+    "", "Ann has 52 apples. How many does Ann have?", P.replace("does Carl", "does Bob"),
+    P.replace("Bob has 5", "Dora has 5"), P.replace("than Ann", "than Bob"), P.replace("52", "x"),
+    P.replace(" apples", ""), P[:-1]])
+def test_other_texts_are_not_problems(problem):
+    assert toy_words.parts(problem) == []
+
+
+# --- the base model --------------------------------------------------------------------------------------------------
+def test_training_from_nothing_writes_a_folder_that_loads(tmp_path):
+    argv = ["train", "--steps", "3", "--batch", "8", "--prompts", "0", "--seed", "7"]
+    for out in ("a", "b"):
+        toy_words.main(toy_words.get_args([*argv, "--out", str(tmp_path / out)]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+    check_pair(toy_words, model, AutoTokenizer.from_pretrained(tmp_path / "a"), SOUND[2])
+    command = json.loads((tmp_path / "a" / "run.json").read_text())["command"]
+    assert command.startswith("python toy_words.py train ")
+
+
+def test_shipped_model_is_stuck_on_hard_problems_and_rereads_when_asked(tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
+    check_pair(toy_words, model, tokenizer, SOUND[2])
+    assert (SHIPPED / "model.safetensors").stat().st_size <= 8e6
+    measured = json.loads((SHIPPED / "run.json").read_text())["measured"]
+    assert 0.85 <= measured["test_hard"]["zero_hit"] <= 0.97
+
+    problems = toy.draw_problems(toy_words, 0, "hard", 24, toy_words.HARD, 99)
+    (tmp_path / "hard.jsonl").write_text("".join(map(common.to_line, problems)))
+    rollout.main(rollout.get_args([
+        "--model", str(SHIPPED), "--data", str(tmp_path / "hard.jsonl"), "-n", "32", "--max-new-tokens", "160",
+        "--instruction", "", "--batch-size", "512", "--out", str(tmp_path / "out")]))
+    zero_hit = len(common.read_jsonl(tmp_path / "out" / "zero_hit.jsonl"))
+    share = measured["test_hard"]["zero_hit"]
+    assert abs(zero_hit / 24 - share) < 4 * (share * (1 - share) / 24) ** 0.5
+
+    messages = [p["problem"] + toy.REQUESTS[0] for p in problems]
+    asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, messages, 0)]
+    plain = [r["response"] for r in common.read_jsonl(tmp_path / "out" / "rollouts.jsonl")]
+    assert sum(map(toy_words.has_reflection, asked)) >= 22
+    assert sum(map(toy_words.has_reflection, plain)) / len(plain) < 0.05
+    assert sum(verify(text, p["answer"]) for text, p in zip(asked, problems, strict=True)) >= 12
