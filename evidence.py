@@ -1,10 +1,11 @@
 """What the method does, measured with the controls that the paper lacks: makes the tables of RESULTS.md from seeds.
 
-    python evidence.py            everything, on the toy world, cached: continues where it was stopped
-    python evidence.py --quick    a small run of the same code, not for reading
+    python evidence.py                        everything, on both toy worlds, cached: continues where it was stopped
+    python evidence.py --worlds toy_words     one world (toy, toy_words); --seeds 0 1 2: base models
+    python evidence.py --quick                a small run of the same code, not for reading
 
-Base models: toy_model (seed 0) and two more that it trains with toy.py, seeds 1 and 2. Every number comes from files that the
-stage scripts wrote; evidence.py runs them, counts, and writes OUT/recovery.md.
+Base models: of seed 0 those that ship with the repository; others are trained first. Every number comes from files that the
+stage scripts wrote; evidence.py runs them, counts, and writes OUT/WORLD/results.md.
 """
 import argparse
 import time
@@ -17,8 +18,11 @@ import demo
 import revise
 import rollout
 import toy
+import toy_words
 from demo import CONTINUATIONS, LENGTH, PROBLEMS, share
 from verifier import verify
+
+WORLDS = {"toy": toy, "toy_words": toy_words}
 
 # name -> flags of revise.py. The first is the paper's method at its defaults; all others differ from it by their flags alone
 RECOVERY = {
@@ -75,11 +79,11 @@ def read_variant(folder: Path, failed: dict) -> list[dict]:
     return [r | {"failed_tokens": len(failed[r["id"], r["sample"]]["response_ids"])} for r in records]
 
 
-def recovery_row(name: str, seeds: list[list[dict]], problems: dict[str, str], score: str = "reward") -> str:
+def recovery_row(world, name: str, seeds: list[list[dict]], problems: dict[str, str], score: str = "reward") -> str:
     """One line of a recovery table, over the records of all base models."""
     records = [r for records in seeds for r in records]
     hits = [[c for c in r["continuations"] if c[score]] for r in records]
-    sound = [[c for c in h if toy.is_sound(problems[r["id"]], c["response"])] for r, h in zip(records, hits)]
+    sound = [[c for c in h if world.is_sound(problems[r["id"]], c["response"])] for r, h in zip(records, hits)]
     n = len(records)
     by_seed = " ".join(f"{100 * sum(any(c[score] for c in r['continuations']) for r in rs) / len(rs):.1f}" for rs in seeds)
     right = sum(map(len, hits))
@@ -94,18 +98,18 @@ HEAD = ("| | recovered | by base model | soundly | sound of the right | forward 
         + "|---" * 9 + "|")
 
 
-def recovery(out: Path, models: dict[int, str], limit: int) -> str:
+def recovery(world, out: Path, models: dict[int, str], limit: int) -> str:
     """The recovery tables: every variant on the zero-hit prompts of every base model."""
     tables, problems, records = [], {}, {}
     for seed, model in models.items():
         base = out / f"base{seed}"
-        demo.run(out, f"toy.py data --out {base}/data")
+        demo.run(out, f"{world.__name__}.py data --out {base}/data")
         demo.run(out, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {limit} -n 32 {PROBLEMS} --out "
                       f"{base}/rollouts", processes=2)
         problems |= {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
         failed = {(r["id"], r["sample"]): r for r in common.read_jsonl(base / "rollouts" / "rollouts.jsonl")}
         stage = (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --batch-tokens 4096 --attempts 1 "
-                 f"--template '{toy.TEMPLATE}'")
+                 f"--template '{world.TEMPLATE}'")
 
         def commands(flags: dict[str, str], stage=stage, base=base) -> list[str]:
             return [f"{stage} {'' if '--continuations' in f else f'--continuations {CONTINUATIONS} '}{f} --out "
@@ -122,9 +126,9 @@ def recovery(out: Path, models: dict[int, str], limit: int) -> str:
             for name in group:
                 records.setdefault(name, []).append(read_variant(base / slug(name), failed))
     for group, rows in RECOVERY.items():
-        lines = [recovery_row(name, records[name], problems) for name in rows]
+        lines = [recovery_row(world, name, records[name], problems) for name in rows]
         if "permuted gold" in rows:
-            lines.append(recovery_row("permuted gold, scored on it", records["permuted gold"], problems, "guide_reward"))
+            lines.append(recovery_row(world, "permuted gold, scored on it", records["permuted gold"], problems, "guide_reward"))
         tables.append(f"### {group[0].upper() + group[1:]}\n\n{HEAD}\n" + "\n".join(lines) + "\n")
     return "\n".join(tables)
 
@@ -140,7 +144,7 @@ def trace_logprobs(model, contexts: list[torch.Tensor], ids: list[list[int]]) ->
     return values
 
 
-def examine(model, tokenizer, folder: Path, permuted: dict[str, dict], problems: dict[str, str]) -> tuple[list[dict], list[dict]]:
+def examine(world, model, tokenizer, folder: Path, permuted: dict[str, dict], problems: dict[str, str]) -> tuple[list[dict], list[dict]]:
     """Facts of every recovered trajectory, and of every revised prefix, of one run of revise.py.
 
     A trajectory: `sound`; `again`, how many of 16 continuations of its hard prefix reach the gold answer; `soft` and `hard`,
@@ -168,7 +172,7 @@ def examine(model, tokenizer, folder: Path, permuted: dict[str, dict], problems:
         again = sum(verify(tokenizer.decode(r["projected_ids"] + s.ids, skip_special_tokens=True), r["answer"]) for s in fresh)
         conts = [c["ids"] for c in right]
         soft = trace_logprobs(model, [torch.cat([q, E])] * len(right), conts)
-        trajectories += [{"sound": toy.is_sound(problems[r["id"]], c["response"]), "again": again, "soft": a, "hard": b,
+        trajectories += [{"sound": world.is_sound(problems[r["id"]], c["response"]), "again": again, "soft": a, "hard": b,
                           "leaks": any(x["guide_reward"] for x in permuted[r["id"]]["continuations"]), "id": r["id"]}
                          for c, a, b in zip(right, soft, trace_logprobs(model, [hard] * len(right), conts))]
     return trajectories, prefixes
@@ -182,7 +186,7 @@ FILTERS = {"all recovered": lambda t: True,
            "the last and the first": lambda t: t["hard"] > -0.5 and t["again"] >= 1}
 
 
-def soundness(out: Path, models: dict[int, str]) -> str:
+def soundness(world, out: Path, models: dict[int, str]) -> str:
     """Tables of the filters and of the hull, over all base models."""
     trajectories, prefixes = [], []
     for seed, path in models.items():
@@ -190,7 +194,7 @@ def soundness(out: Path, models: dict[int, str]) -> str:
         model, tokenizer, _ = common.load_model(argparse.Namespace(model=path, dtype="float32"), torch.device("cpu"))
         problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
         permuted = {r["id"]: r for r in common.read_jsonl(base / "permuted-gold" / "revised.jsonl")}
-        ts, ps = examine(model, tokenizer, base / "latentrevise", permuted, problems)
+        ts, ps = examine(world, model, tokenizer, base / "latentrevise", permuted, problems)
         trajectories += [t | {"seed": seed} for t in ts]
         prefixes += ps
     lines = ["| filter | kept of the recovered | of them sound | sound prompts kept |", "|---" * 4 + "|"]
@@ -220,23 +224,26 @@ def soundness(out: Path, models: dict[int, str]) -> str:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="[ours] one base model and 24 prompts: to see that it runs")
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[ours] base models of each world")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     begun = time.time()
-    out = Path(args.out or ("out/evidence-quick" if args.quick else "out/evidence"))
-    out.mkdir(parents=True, exist_ok=True)
-    models = {0: "toy_model"}
-    if not args.quick:
-        missing = [s for s in (1, 2) if not (out / f"model{s}" / "run.json").exists()]
-        demo.run(out, *[f"toy.py train --out {out}/model{s} --seed {s}" for s in missing])
-        models |= {s: str(out / f"model{s}") for s in (1, 2)}
-    text = recovery(out, models, 24 if args.quick else 300) + "\n" + soundness(out, models)
-    common.write_atomic(out / "recovery.md", text)
-    print(text)
-    print(f"[{time.time() - begun:.0f} s] {out}/recovery.md")
+    root = Path(args.out or ("out/evidence-quick" if args.quick else "out/evidence"))
+    seeds = [0] if args.quick else args.seeds
+    for name in args.worlds:
+        world, out = WORLDS[name], root / name
+        out.mkdir(parents=True, exist_ok=True)
+        models = {s: str(out / f"model{s}") if s else f"{name}_model" for s in seeds}
+        demo.run(out, *[f"{name}.py train --out {path} --seed {s}" for s, path in models.items()
+                        if not (Path(path) / "run.json").exists()])
+        limit = 24 if args.quick else 300
+        text = recovery(world, out, models, limit) + "\n" + soundness(world, out, models)
+        common.write_atomic(out / "results.md", text)
+        print(f"{text}\n[{time.time() - begun:.0f} s] {out}/results.md")
 
 
 if __name__ == "__main__":
