@@ -85,8 +85,11 @@ def long(args: argparse.Namespace, path: Path) -> bool:
                "--model", "toy_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise", "--device", "cpu",
                "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4", "--max-new-tokens", "96",
                "--instruction", "", "--template", toy.TEMPLATE, "--save-every", "20", "--lr", "1e-4"]
+    # glibc keeps what was freed, up to a third of the process here, in an amount that wanders; with every block of 64 KB or
+    # more mapped on its own, the resident memory is what is in use
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     with open(path / "log", "w") as log:
-        launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
     seen: dict[int, list[tuple[int, int]]] = {}  # process -> (memory, open files), every time it was looked at
     while launcher.poll() is None:
         time.sleep(args.every)
