@@ -8,6 +8,7 @@ Nothing here is used at the defaults, which are the paper's Algorithm 1; README 
     --step-rule short                       gap / (L |d|^2) (Jaggi 2013, Sec. 2), L from the last two gradients [ours]
     --step-rule backtracking                Armijo's condition; every trial is a forward pass, counted in `passes`
     --rho-rule surprise                     the cut before the response token that the model found least likely [ours]
+    --min-logprob -0.5                      keeps right continuations that are likely after the projected prefix too [ours]
 """
 import argparse
 from dataclasses import dataclass
@@ -157,6 +158,20 @@ def surprise_cuts(model, rollouts: list[dict]) -> list[int]:
     return cuts
 
 
+# --- which recovered trajectories are kept -------------------------------------------------------------------------------
+@torch.no_grad()
+def drop_unlikely(model, prompt_ids: list[int], continuations: list[dict], least: float) -> None:
+    """Takes the reward from right continuations whose tokens have a mean log-probability below `least` (nats) after
+    prompt_ids, the prompt and the projected prefix; records it as `logprob`. What only the soft prefix led to is unlikely."""
+    right = [c for c in continuations if c["reward"]]
+    if right:
+        rows = [{"prompt_ids": prompt_ids, "response_ids": c["ids"]} for c in right]
+        logp, _, owner = training.response_logprobs(model, rows, entropy=False)
+        for b, c in enumerate(right):
+            c["logprob"] = float(logp[owner == b].mean())  # denominator: tokens of the continuation
+            c["reward"] = int(c["logprob"] >= least)
+
+
 def add_control_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vertices", default="oracle", choices=["oracle", "random"], help="[ours] control: random")
     parser.add_argument("--optimizer", default="frank-wolfe", choices=["frank-wolfe", "adam"],
@@ -168,3 +183,5 @@ def add_control_args(parser: argparse.ArgumentParser) -> None:
                         help="[Eq. 7] gamma0 * 2/(i+1); the others begin at gamma0 and go by the loss")
     parser.add_argument("--rho-rule", default="fixed", choices=["fixed", "surprise"],
                         help="[Table 7] fixed: --rho; surprise cuts each rollout at its least likely token")
+    parser.add_argument("--min-logprob", type=float, help="[ours] keep right continuations with at least this mean "
+                        "log-probability (nats a token) after the projected prefix; not given: keep all, as the paper does")

@@ -254,6 +254,8 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
             if "guide_answer" in r:
                 c["guide_reward"] = int(bool(verify(text, r["guide_answer"])))
             continuations.append(c)
+        if args.min_logprob is not None:
+            controls.drop_unlikely(model, f.q + projected, continuations, args.min_logprob)
         same = sum(a == b for a, b in zip(f.r, projected))
         records.append({
             "id": f.id, "sample": f.sample, "answer": r["answer"], "prefix_len": len(f.r),
@@ -395,6 +397,7 @@ def check_revision_args(args: argparse.Namespace) -> None:
     for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0, "gamma0": 0 < args.gamma0 <= 1,
                        "continuations": args.continuations > 0, "record_every": args.record_every >= 0,
                        "batch_tokens": args.batch_tokens > 0,
+                       "min_logprob": args.min_logprob is None or abs(args.min_logprob) < float("inf"),
                        **{k: abs(getattr(args, k)) < float("inf") for k in (
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:

@@ -222,7 +222,7 @@ SAMPLING = {"--temperature": ["-1", "nan"], "--top-p": ["0", "1.5", "nan"], "--t
             "--max-new-tokens": ["0", "-3"], "--limit": ["-1"], "--batch-size": ["0"], "--max-batch-tokens": ["-1"]}
 REVISION = {"--rho": ["0", "1", "-0.1", "1.5", "nan"], "--revision-steps": ["-1"], "--gamma0": ["0", "1.5", "nan"],
             "--continuations": ["0"], "--record-every": ["-1"], "--alpha-guide": ["nan"], "--beta-nll": ["inf"],
-            "--explore-weight": ["nan"], "--eps-stop": ["nan"], "--batch-tokens": ["0"]}
+            "--explore-weight": ["nan"], "--min-logprob": ["nan"], "--eps-stop": ["nan"], "--batch-tokens": ["0"]}
 TRAINING = {"--steps": ["0", "-1"], "--batch-size": ["0"], "--micro-batch-tokens": ["0"], "--lr": ["-1", "nan"],
             "--grad-clip": ["0", "nan"], "--weight-decay": ["-1"], "--save-every": ["-1"]}
 GRPO = {"--group-size": ["1"], "--batch-prompts": ["0"], "--updates": ["0"], "--resample": ["-1"],

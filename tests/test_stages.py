@@ -257,6 +257,26 @@ def test_mean_reduction_weighs_the_terms_by_their_lengths(tmp_path, world, defau
     assert any(r["atoms"] != theirs[r["id"], r["sample"]]["atoms"] for r in records)
 
 
+def test_min_logprob_keeps_what_is_likely_after_the_projected_prefix(tmp_path, world, default):
+    model = tiny_model("qwen2")
+
+    def likely(r, c):
+        ids = r["prompt_ids"] + r["projected_ids"]
+        logp = model(torch.tensor([ids + c["ids"]])).logits[0, len(ids) - 1:-1].log_softmax(-1)
+        return float(logp.detach().gather(1, torch.tensor(c["ids"])[:, None]).mean())
+
+    right = [likely(r, c) for r in default[1] for c in r["continuations"] if c["reward"]]
+    least = sorted(right)[len(right) // 2]
+    world.revise(tmp_path / "o", "--min-logprob", least - 1e-4)
+    found = [(c, likely(r, c)) for r in revised(tmp_path / "o") for c in r["continuations"] if "logprob" in c]
+    assert all(c["logprob"] == pytest.approx(value, abs=1e-4) for c, value in found)
+    assert all(c["reward"] == (c["logprob"] >= least - 1e-4) for c, _ in found) and len({c["reward"] for c, _ in found}) == 2
+    kept = read(tmp_path / "o" / "recovered.jsonl")
+    assert len(kept) == sum(c["reward"] for c, _ in found)
+    # what is dropped is not recovered: further rollouts of the prompt are tried
+    assert len(revised(tmp_path / "o")) > len(default[1])
+
+
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 def test_eq8_other_projections_equal_brute_force(tmp_path, world, metric):
     world.revise(tmp_path / "o", "--projection", metric, "--attempts", 1, "--gamma0", 0.5)
