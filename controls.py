@@ -1,11 +1,12 @@
 """What the paper does not have: controls, the optimizer of an ablation, and other step rules for revise.py, a flag each.
 
-Nothing here is used at the defaults, which are the paper's Algorithm 1; README and RESULTS say what each is worth.
+Nothing here is used at the defaults, which are the paper's Algorithm 1; RESULTS.md says what each is worth.
 
     --vertices random, --gold permuted      the same work without the information; --from of revise.py is the third control
     --optimizer adam                        Table 3's "no Frank-Wolfe"
     --direction pairwise, away              Lacoste-Julien & Jaggi 2015 (arXiv 1511.05932), Alg. 2 and Alg. 1
-    --step-rule short                       gap / (L |d|^2) (Jaggi 2013, Sec. 2), L from the last two gradients [ours]
+    --step-rule short                       gap / (L |d|^2) (Demyanov & Rubinov 1970; arXiv 1806.05123, Eq. 1), L from the
+                                            last two gradients [ours]
     --step-rule backtracking                Armijo's condition; every trial is a forward pass, counted in `passes`
     --rho-rule surprise                     the cut before the response token that the model found least likely [ours]
     --min-logprob -0.5                      keeps right continuations that are likely after the projected prefix too [ours]
@@ -163,13 +164,10 @@ def surprise_cuts(model, rollouts: list[dict]) -> list[int]:
 def drop_unlikely(model, prompt_ids: list[int], continuations: list[dict], least: float) -> None:
     """Takes the reward from right continuations whose tokens have a mean log-probability below `least` (nats) after
     prompt_ids, the prompt and the projected prefix; records it as `logprob`. What only the soft prefix led to is unlikely."""
-    right = [c for c in continuations if c["reward"]]
-    if right:
-        rows = [{"prompt_ids": prompt_ids, "response_ids": c["ids"]} for c in right]
-        logp, _, owner = training.response_logprobs(model, rows, entropy=False)
-        for b, c in enumerate(right):
-            c["logprob"] = float(logp[owner == b].mean())  # denominator: tokens of the continuation
-            c["reward"] = int(c["logprob"] >= least)
+    for c in (c for c in continuations if c["reward"]):
+        logp, *_ = training.response_logprobs(model, [{"prompt_ids": prompt_ids, "response_ids": c["ids"]}], entropy=False)
+        c["logprob"] = float(logp.mean())  # denominator: tokens of the continuation
+        c["reward"] = int(c["logprob"] >= least)
 
 
 def add_control_args(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import common
 import toy
 from eval import table, wilson_interval
+from verifier import verify
 
 ROOT = Path(__file__).parent
 
@@ -76,8 +77,18 @@ def recovery_row(name: str, records: list[dict], problems: dict[str, str], token
     sound = [i for i, c in hits if toy.is_sound(problems[i], c["response"])]
     length = sum(len(c["ids"]) for _, c in continuations) / len(continuations)
     reflects = sum(toy.has_reflection(tokenizer.decode(c["ids"])) for _, c in continuations)
-    return (f"| {name} | {share(len({i for i, _ in hits}), len(records))} | {share(len(set(sound)), len(records))} | "
-            f"{length:.1f} | {share(reflects, len(continuations))} | {share(len(sound), len(hits)) if hits else '-'} |")
+    gold = score == "reward"  # a wrong answer cannot be reached soundly
+    return (f"| {name} | {share(len({i for i, _ in hits}), len(records))} | "
+            f"{share(len(set(sound)), len(records)) if gold else '-'} | {length:.1f} | {share(reflects, len(continuations))} | "
+            f"{share(len(sound), len(hits)) if hits and gold else '-'} |")
+
+
+def not_reached(records: list[dict], rollouts: list[dict]) -> list[dict]:
+    """Those steered toward an answer that no rollout of their prompt gave: the gold answer was given by none either."""
+    given = {}
+    for r in rollouts:
+        given.setdefault(r["id"], []).append(r["response"])
+    return [r for r in records if not any(verify(text, r["guide_answer"]) for text in given[r["id"]])]
 
 
 def first_attempts(records: list[dict]) -> list[dict]:
@@ -218,7 +229,8 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / args.model if not Path(args.model).exists() else args.model)
     records = {name: first_attempts(common.read_jsonl(folder / "revised.jsonl")) for name, folder in folders.items()}
     rows = [recovery_row(name, r, problems, tokenizer) for name, r in records.items()]
-    rows.append(recovery_row("permuted gold, scored on it", records["permuted gold"], problems, tokenizer, "guide_reward"))
+    wrong = not_reached(records["permuted gold"], common.read_jsonl(out / "rollouts" / "rollouts.jsonl"))
+    rows.append(recovery_row("permuted gold, scored on it", wrong, problems, tokenizer, "guide_reward"))
     results = json.loads((out / "eval" / "results.json").read_text())
     labels = ["base", *train]
     for r, label in zip(results, labels):
@@ -241,7 +253,9 @@ def main(args: argparse.Namespace) -> None:
 ## Recovery of zero-hit prompts
 
 One failed rollout per prompt, {CONTINUATIONS} continuations; shares with 95 % interval. A right continuation is sound when its last pass
-is a complete and arithmetically right chain to the answer: the others jump to it.
+is a complete and arithmetically right chain to the answer: the others jump to it. The last row leaves out the prompts of which
+some rollout had given the wrong answer anyway. Intervals of the last two columns take continuations of a prompt as independent:
+they are too narrow.
 
 | | prompts recovered | soundly | continuation (tokens) | self-correction | sound of the right |
 |---|---|---|---|---|---|

@@ -68,8 +68,9 @@ def slug(name: str) -> str:
 
 
 def cost(record: dict) -> int:
-    """Tokens that a revision and its continuations cost: a token of a forward pass counts 1, and so does one of a backward."""
-    branch = 12  # about: the toy's template and gold answer
+    """Tokens that a revision and its continuations cost: a token of a forward pass counts 1, and so does one of a backward.
+    The pass over what a continuation follows, prompt and prefix, is left out, as it is for fresh samples."""
+    branch = 6  # the worlds' template, 5 tokens, and a gold answer of two digits
     trunk = len(record["prompt_ids"]) + record["failed_tokens"] + branch
     return trunk * (record["passes"] + len(record["gaps"])) + sum(len(c["ids"]) for c in record["continuations"])
 
@@ -86,11 +87,11 @@ def recovery_row(world, name: str, seeds: list[list[dict]], problems: dict[str, 
     sound = [[c for c in h if world.is_sound(problems[r["id"]], c["response"])] for r, h in zip(records, hits)]
     n = len(records)
     by_seed = " ".join(f"{100 * sum(any(c[score] for c in r['continuations']) for r in rs) / len(rs):.1f}" for rs in seeds)
-    right = sum(map(len, hits))
+    right, gold = sum(map(len, hits)), score == "reward"  # a wrong answer cannot be reached soundly
     mean = lambda values: sum(values) / n  # denominator: failed rollouts
     length = mean([sum(len(c["ids"]) for c in r["continuations"]) / len(r["continuations"]) for r in records])
-    return (f"| {name} | {share(sum(map(bool, hits)), n)} | {by_seed} | {share(sum(map(bool, sound)), n)} | "
-            f"{share(sum(map(len, sound)), right) if right else '-'} | {mean([r['passes'] for r in records]):.1f} | "
+    return (f"| {name} | {share(sum(map(bool, hits)), n)} | {by_seed} | {share(sum(map(bool, sound)), n) if gold else '-'} | "
+            f"{share(sum(map(len, sound)), right) if right and gold else '-'} | {mean([r['passes'] for r in records]):.1f} | "
             f"{mean([cost(r) for r in records]):.0f} | {length:.1f} | {100 * mean([r['kept'] for r in records]):.0f} % |")
 
 
@@ -100,7 +101,7 @@ HEAD = ("| | recovered | by base model | soundly | sound of the right | forward 
 
 def recovery(world, out: Path, models: dict[int, str], limit: int) -> str:
     """The recovery tables: every variant on the zero-hit prompts of every base model."""
-    tables, problems, records = [], {}, {}
+    tables, problems, records, wrong = [], {}, {}, []
     for seed, model in models.items():
         base = out / f"base{seed}"
         demo.run(out, f"{world.__name__}.py data --out {base}/data")
@@ -118,17 +119,18 @@ def recovery(world, out: Path, models: dict[int, str], limit: int) -> str:
         plain = {name: f for group in RECOVERY.values() for name, f in group.items() if "{equal}" not in f}
         demo.run(out, *commands(plain))
         ours, fresh = (read_variant(base / slug(name), failed) for name in ("LatentRevise", "fresh sampling"))
-        # As many fresh samples as the tokens of the method would pay for, prompts included once
+        # As many fresh samples as the tokens of the method would pay for
         each = sum(len(c["ids"]) for r in fresh for c in r["continuations"]) / (CONTINUATIONS * len(fresh))
         equal = round(sum(map(cost, ours)) / len(ours) / each)
         demo.run(out, *commands({"fresh sampling, equal compute": f"--from scratch --continuations {equal}"}))
         for group in RECOVERY.values():
             for name in group:
                 records.setdefault(name, []).append(read_variant(base / slug(name), failed))
+        wrong.append(demo.not_reached(records["permuted gold"][-1], list(failed.values())))
     for group, rows in RECOVERY.items():
         lines = [recovery_row(world, name, records[name], problems) for name in rows]
         if "permuted gold" in rows:
-            lines.append(recovery_row(world, "permuted gold, scored on it", records["permuted gold"], problems, "guide_reward"))
+            lines.append(recovery_row(world, "permuted gold, scored on it", wrong, problems, "guide_reward"))
         tables.append(f"### {group[0].upper() + group[1:]}\n\n{HEAD}\n" + "\n".join(lines) + "\n")
     return "\n".join(tables)
 
@@ -239,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
         models = {s: str(out / f"model{s}") if s else f"{name}_model" for s in seeds}
         demo.run(out, *[f"{name}.py train --out {path} --seed {s}" for s, path in models.items()
-                        if not (Path(path) / "run.json").exists()])
+                        if s and not (demo.ROOT / path / "run.json").exists()])
         limit = 24 if args.quick else 300
         text = recovery(world, out, models, limit) + "\n" + soundness(world, out, models)
         common.write_atomic(out / "results.md", text)

@@ -12,7 +12,7 @@ r^ and [r^; c^] is verified again: that is a recovered trajectory.
 Reads   rollouts.jsonl of rollout.py (prompts whose rollouts all failed).
 Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `prefix_len`, `recovered`, `losses` (explore,
         guide, nll per step), `gaps`, `gammas`, `passes` (forward), `kept` (share of prefix tokens the projection gives
-        back), `continuations`, `prefix_file`; prefixes-*.safetensors, the atoms and weights that rebuild every soft prefix;
+        back), `continuations` (with --min-logprob: `logprob` of the right ones), `prefix_file`; prefixes-*.safetensors, the atoms and weights that rebuild every soft prefix;
         recovered.jsonl, one hard trajectory per right continuation, in the fields of rollouts.jsonl.
 
 Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves open: the cut is
@@ -260,7 +260,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         records.append({
             "id": f.id, "sample": f.sample, "answer": r["answer"], "prefix_len": len(f.r),
             "recovered": any(c["reward"] for c in continuations), "losses": f.losses, "gaps": f.gaps, "gammas": f.gammas,
-            "passes": f.passes + (args.rho_rule == "surprise"),
+            "passes": f.passes + (args.rho_rule == "surprise" and args.start != "scratch"),
             "kept": same / len(f.r) if f.r else 1.0,  # denominator: prefix tokens
             "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected,
             "atoms": [v.tolist() for v in f.atoms], "weights": f.weights,
@@ -364,6 +364,8 @@ def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
     where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
     rollout.check_ids(r, vocab, where)
     n = cut(r["response_ids"], args.rho)
+    if args.rho_rule == "surprise":  # the latest that its cut can be
+        n = int(controls.SHARES[1] * len(r["response_ids"]))
     if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
         raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
                         f"--max-new-tokens {args.max_new_tokens} and the context of --model, {context} tokens")
@@ -402,8 +404,8 @@ def check_revision_args(args: argparse.Namespace) -> None:
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
-    if args.optimizer == "adam" and (args.direction, args.step_rule) != ("frank-wolfe", "diminishing"):
-        raise UserError("--optimizer adam has no --direction and no --step-rule: those are of Frank-Wolfe")
+    if args.optimizer == "adam" and (args.direction, args.step_rule, args.vertices) != ("frank-wolfe", "diminishing", "oracle"):
+        raise UserError("--optimizer adam has no --direction, --step-rule or --vertices: those are of Frank-Wolfe")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -428,6 +430,8 @@ FREE = (*rollout.FREE, "batch_tokens", "checkpoint_activations")  # these do not
 def main(args: argparse.Namespace) -> None:
     rollout.check_sampling_args(args)
     check_revision_args(args)
+    if args.attempts < 0:
+        raise UserError(f"--attempts {args.attempts} is out of range")
     source = Path(args.rollouts) / "rollouts.jsonl" if Path(args.rollouts).is_dir() else Path(args.rollouts)
     digest = common.file_digest(source)
     failures, skipped = read_failures(source, args.rho)

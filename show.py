@@ -55,6 +55,11 @@ def steps_of(record: dict) -> list[tuple]:
             enumerate(zip(padded(record["gammas"]), padded(record["gaps"]), record["losses"]), 1)]
 
 
+def verdict(c: dict) -> str:
+    """Of a continuation: --min-logprob takes the reward from right ones."""
+    return "right" if c["reward"] else "right, unlikely" if "logprob" in c else "wrong"
+
+
 def number(x: float | None, digits: int = 3) -> str:
     return "" if x is None else f"{x:.{digits}f}"
 
@@ -70,7 +75,7 @@ def as_text(record: dict, rows: list[dict]) -> str:
         toward = "  ".join(f"{t!r} {w:.3f}" for t, w in row["toward"][:5])
         lines.append(f"{j:5d} {row['moved']:6.3f}  {row['token']!r:14} {row['projected']!r:13}{'*' if row['changed'] else ' '} {toward}")
     lines += ["", "continuations:"]
-    lines += [f"  {'right' if c['reward'] else 'wrong'}  {printable(c['response'])}" for c in record["continuations"]]
+    lines += [f"  {verdict(c)}  {printable(c['response'])}" for c in record["continuations"]]
     return "\n".join(lines)
 
 
@@ -87,7 +92,7 @@ def as_html(record: dict, rows: list[dict]) -> str:
         f"<tr><td>{j}<td>{row['moved']:.3f}<td class=t>{e(row['token'])}<td class='t {'changed' if row['changed'] else ''}'>"
         f"{e(row['projected'])}<td class=t>{e(', '.join(f'{t} {w:.3f}' for t, w in row['toward'][:5]))}"
         for j, row in enumerate(rows))
-    continuations = "".join(f"<tr><td class='{'ok' if c['reward'] else 'no'}'>{'right' if c['reward'] else 'wrong'}"
+    continuations = "".join(f"<tr><td class='{'ok' if c['reward'] else 'no'}'>{verdict(c)}"
                             f"<td class=t>{e(printable(c['response']))}" for c in record["continuations"])
     title = e(printable(f"{record['id']}, rollout {record['sample']}: gold {record['answer']}"))
     return f"""<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>
@@ -111,9 +116,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "losses", "gammas", "prefix_ids", "prefix_file", "continuations"))
+    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "losses", "gaps", "gammas", "prefix_ids", "prefix_file", "continuations"))
                if r["id"] == args.id and args.sample in (None, r["sample"])]
-    if records and records[-1]["losses"] and not records[-1]["gammas"]:
+    if records and records[-1]["gaps"] and not records[-1]["gammas"]:
         raise UserError(f"{args.file}: the prefix of {args.id!r} moved without Frank-Wolfe and is not stored")
     if not records:
         raise UserError(f"{args.file}: no record with --id {args.id}" + (f" --sample {args.sample}" if args.sample is not None else ""))

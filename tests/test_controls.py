@@ -145,9 +145,19 @@ def test_permuted_answers_are_always_anothers():
     assert permuted == controls.permuted_answers(dict(reversed(answers.items())), seed=0)
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "adam", "--direction", "away"], ["--optimizer", "adam", "--step-rule", "short"]])
+@pytest.mark.parametrize("flags", [["--optimizer", "adam", "--direction", "away"], ["--optimizer", "adam", "--step-rule", "short"],
+                                   ["--optimizer", "adam", "--vertices", "random"]])
 def test_adam_has_no_frank_wolfe_steps_to_vary(flags):
     args = revise.get_args(["--model", "m", "--rollouts", "r", "--out", "o", *flags])
     assert isinstance(args, argparse.Namespace)
     with pytest.raises(revise.UserError, match="--optimizer adam"):
         revise.check_revision_args(args)
+
+
+def test_the_latest_cut_by_surprise_has_to_leave_room_for_a_continuation():
+    model, ids = tiny_model("qwen2"), list(range(2, 42))
+    r = {"id": "p", "sample": 0, "prompt_ids": [5, 6], "response_ids": ids}
+    for rule, room in (("fixed", 21), ("surprise", 39)):  # 0.5 and 0.95 of 40 tokens, and one
+        revise.check_rollout(r, model, TOKENS, revision_args(rho=0.5, rho_rule=rule, max_new_tokens=room))
+        with pytest.raises(revise.UserError, match="no room for a continuation"):
+            revise.check_rollout(r, model, TOKENS, revision_args(rho=0.5, rho_rule=rule, max_new_tokens=room - 1))

@@ -81,3 +81,19 @@ def test_prefixes_are_shelved_in_files_of_bounded_size_and_read_back_bit_for_bit
     for name in ("../x.safetensors", "gone.safetensors", "revised.jsonl"):
         with pytest.raises(common.UserError, match="cannot be read"):
             revise.load_prefix(tmp_path, r | {"prefix_file": name})
+
+
+def test_a_rollout_that_stopped_before_its_first_step_is_shown_and_one_moved_by_adam_is_not(tmp_path, model_dir, capsys):
+    r = record()["prefix_ids"]
+    write(tmp_path, record(id="stopped", atoms=[r], weights=[1.0], gammas=[], gaps=[], losses=[[-1.0, 0.0, 3.0]]),
+          record(id="adam", atoms=[r], weights=[1.0], gammas=[]))
+    flags = [str(tmp_path / "revised.jsonl"), "--model", str(model_dir), "--id"]
+    show.main(show.get_args([*flags, "stopped"]))
+    assert "stopped rollout 0" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="moved without Frank-Wolfe"):
+        show.main(show.get_args([*flags, "adam"]))
+
+
+def test_what_min_logprob_dropped_is_not_called_wrong():
+    kinds = [{"reward": 1}, {"reward": 0}, {"reward": 0, "logprob": -2.0}, {"reward": 1, "logprob": -0.1}]
+    assert [show.verdict(c) for c in kinds] == ["right", "wrong", "right, unlikely", "right"]
