@@ -160,7 +160,8 @@ def file_digest(path: str | Path) -> str:
 def model_digest(folder: Path) -> str:
     """The same for a model: the end of every safetensors file stands for the whole, which may be large."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    # chat templates and the files of slow tokenizers are in it too: they change prompts
+    for path in sorted(p for kind in ("safetensors", "json", "jinja", "txt", "model") for p in folder.glob(f"*.{kind}")):
         with open(path, "rb") as f:
             f.seek(max(0, path.stat().st_size - 2**20))
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read())
@@ -191,6 +192,8 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in free + ("out",)} | facts
     if isinstance(getattr(args, "model", None), str) and Path(args.model).is_dir():
         settings["model_digest"] = model_digest(Path(args.model))
+    if getattr(args, "verifier", None) and verifier_path(args.verifier).is_file():
+        settings["verifier_digest"] = file_digest(verifier_path(args.verifier))
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
     record = out / "run.json"
     if record.exists() and any(p.is_file() and not p.name.startswith("run.json") for p in out.rglob("*")):
@@ -208,11 +211,14 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                             text=True, check=False)
+        try:
+            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                    text=True, check=False).stdout.strip()
+        except OSError:  # a machine without git
+            commit = ""
         import transformers
         write_atomic(record, json.dumps({
-            "argv": sys.argv, "settings": settings, "git": git.stdout.strip() or None, "python": platform.python_version(),
+            "argv": sys.argv, "settings": settings, "git": commit or None, "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__, "processes": world_size(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
     barrier()
@@ -235,7 +241,7 @@ def patience() -> timedelta:
     """How long a process waits for the others before it gives up. It has to cover the time by which the slowest is behind
     at the end of a stage. Raises UserError naming the variable."""
     seconds = os.environ.get("LATENTREVISE_TIMEOUT", "7200")
-    if not seconds.isdecimal() or int(seconds) == 0:
+    if not seconds.isdecimal() or not 0 < int(seconds) < 10**8:
         raise UserError(f"LATENTREVISE_TIMEOUT {seconds!r}: expected a number of seconds")
     return timedelta(seconds=int(seconds))
 
@@ -257,7 +263,7 @@ def barrier() -> None:
                 dist.barrier(line)
             except RuntimeError:
                 who = f"rank {other}" if rank() == 0 else "rank 0, or one that it waits for,"
-                raise LostProcess(f"{who} is gone, or did not come within {patience().seconds} s") from None
+                raise LostProcess(f"{who} is gone, or did not come within {patience().total_seconds():.0f} s") from None
 
 
 def gather(value: object) -> list:
@@ -328,6 +334,7 @@ def run_script(get_args, main) -> None:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             start_group()
+            barrier()  # makes its groups while everybody is alive, so that a later loss is named
         main(args)
     except UserError as e:
         code, message = 2, f"error: {e}"
@@ -426,10 +433,15 @@ def eos_ids(model, tokenizer) -> list[int]:
     return found
 
 
+def verifier_path(spec: str) -> Path:
+    """The file of `path.py:function`: where it says, or beside this one."""
+    path = Path(spec.rpartition(":")[0])
+    return path if path.is_absolute() or path.exists() else Path(__file__).parent / path
+
+
 def load_verifier(spec: str):
     """The function of `path.py:function`, called as f(response, gold) -> bool. Raises UserError naming --verifier."""
-    path, _, name = spec.rpartition(":")
-    path = Path(path) if Path(path).is_absolute() or Path(path).exists() else Path(__file__).parent / path
+    path, name = verifier_path(spec), spec.rpartition(":")[2]
     try:
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(module_spec)

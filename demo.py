@@ -211,6 +211,13 @@ def main(args: argparse.Namespace) -> None:
     if sound and not args.quick:
         common.write_atomic(out / "recovered-sound.jsonl", "".join(map(common.to_line, sound)))
         arms["SFT+LatentRevise, sound only"] = f"{sft} --data {out}/recovered-sound.jsonl"
+    # What every world allows: only what the policy finds likely after the projected prefix
+    likely, least = out / "revise" / "likely", "--min-logprob -0.5"
+    if not args.quick:
+        run(out, f"{revise} {template} {least} --attempts {size['attempts']} --out {likely}", processes=2)
+        arms["GRPO+LatentRevise, likely only"] = f"{grpo} {method} {least}"
+        if common.read_jsonl(likely / "recovered.jsonl"):
+            arms["SFT+LatentRevise, likely only"] = f"{sft} --data {likely}/recovered.jsonl"
     names = {name: name.lower().replace(",", "").replace(" ", "-").replace("=", "").replace("+", "-") for name in arms}
     if "RFT" in arms and not any(r["reward"] for r in common.read_jsonl(samples)):
         del arms["RFT"]  # fresh sampling found nothing: there is no RFT model, and the table says so

@@ -104,7 +104,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 PAIR_FREE = (*rollout.FREE, "k", "benchmarks", "benchmark_dir", "overlap")
-FREE = (*PAIR_FREE, "model", "data")  # models, sets and ks can be added to a folder; each pair has a record of its own
+# Models, sets and ks can be added to a folder; each pair has a record of its own. Where two paths end alike all names get
+# longer, and all is sampled again
+FREE = (*PAIR_FREE, "model", "data")
 
 
 def read_sets(args: argparse.Namespace) -> dict[str, tuple[list[dict], str, str]]:

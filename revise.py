@@ -366,6 +366,9 @@ def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
     n = cut(r["response_ids"], args.rho)
     if args.rho_rule == "surprise":  # the latest that its cut can be
         n = int(controls.SHARES[1] * len(r["response_ids"]))
+    most = min(len(r["prompt_ids"]) + args.max_new_tokens, context)
+    if 0 < args.max_batch_tokens < most:
+        raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: {where[12:]} and its longest continuation take {most}")
     if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
         raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
                         f"--max-new-tokens {args.max_new_tokens} and the context of --model, {context} tokens")

@@ -115,7 +115,7 @@ def add_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace
     for p in problems:
         p["prompt_ids"] = prompt_ids(tokenizer, p["problem"], args)
         if not 0 < len(p["prompt_ids"]) < context:
-            raise UserError(f"--data: problem {p['id']!r} is {len(p['prompt_ids'])} tokens long, and the context of "
+            raise UserError(f"problem {p['id']!r} is {len(p['prompt_ids'])} tokens long, and the context of "
                             f"--model holds {context}")
         p["limit"] = int(min(args.max_new_tokens, context - len(p["prompt_ids"])))
         if 0 < args.max_batch_tokens < len(p["prompt_ids"]) + p["limit"]:
@@ -221,6 +221,7 @@ def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out
     for records in sample_records(model, tokenizer, vocab, claimed(), verify, args, (args.seed,), slots):
         common.append_jsonl(part, records)
         progress.add(records)
+    progress.show()  # everybody's remainder, before rank 0 reads the sums
     common.barrier()
     progress.show()
     progress.bar.close()
@@ -252,7 +253,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     parser.add_argument("--max-batch-tokens", type=int, default=2**18,
                         help="[ours] most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
     parser.add_argument("--cuda-graphs", action="store_true", help="[ours] decode in steps of one shape, which a GPU "
-                        "replays as a CUDA graph; tested on a CPU alone, where it gains nothing")
+                        "replays as a CUDA graph; no effect where attention slides; tested on a CPU alone, where it gains nothing")
 
 
 def add_problem_args(parser: argparse.ArgumentParser) -> None:

@@ -327,7 +327,7 @@ def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: 
                 raise UserError("--model: its logits are not numbers")
             row.ids.append(t)
             row.logprobs.append(p)
-            if t in stops or len(row.ids) == row.limit:
+            if t in stops or len(row.ids) >= row.limit:
                 row.finish = "eos" if t in stops else "length"
                 done.append(i)
         return token, done

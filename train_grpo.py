@@ -324,6 +324,12 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, flag) != plain:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes {plain} alone, since the ratio is "
                             "that of the plain policies")
+    if args.overlong_buffer and args.algo != "dapo":
+        raise UserError("--overlong-buffer goes with --algo dapo alone")
+    if args.overlong_buffer > args.max_new_tokens:
+        raise UserError(f"--overlong-buffer {args.overlong_buffer} is beyond --max-new-tokens {args.max_new_tokens}")
+    if args.record_every:
+        raise UserError("--record-every is of revise.py: training keeps no curve")
     if args.opsd_beta > 1:
         raise UserError(f"--opsd-beta {args.opsd_beta} is out of range")
     if args.algo == "opsd":
@@ -345,11 +351,13 @@ def main(args: argparse.Namespace) -> None:
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data),
                            eval_data_digest=common.file_digest(args.eval_data) if args.eval_data else None)
     if training.trained(out, args.steps):
-        print(f"{out / 'model'} is trained already")
+        if common.rank() == 0:
+            print(f"{out / 'model'} is trained already")
         return
     verify = common.load_verifier(args.verifier)
     model, tokenizer, vocab = training.load_model(args, device, train=True)
-    rollout.add_prompts(problems, model, tokenizer, args)
+    for some in (problems, test):
+        rollout.add_prompts(some, model, tokenizer, args)
     for p in problems if args.revise else []:  # before any work, not in the middle of it
         revise.answer_ids(tokenizer, args.template, p["answer"])
     if args.algo == "opsd":
@@ -407,7 +415,7 @@ def main(args: argparse.Namespace) -> None:
                 common.append_jsonl(out / "samples.jsonl", [
                     {"step": step, "id": r["id"], "prompt": tokenizer.decode(r["prompt_ids"]), "response": r["response"],
                      "reward": r["reward"], "advantage": r["advantage"], "injected": r.get("injected", False)}
-                    for r in sorted(rows, key=lambda r: r["id"] not in rescued)[:2 * args.group_size]])
+                    for r in sorted(rows, key=lambda r: r["id"] not in rescued)[:2 * (args.group_size + (args.inject == "append"))]])
             bar.set_postfix_str(f"reward {counts['hits'] / counts['sampled']:.3f}, zero-hit {shares['zero_hit']:.2f}, "
                                 f"rescued {shares['rescued']:.2f}", refresh=False)
             if args.algo == "dapo" and counts["kept"] < args.batch_prompts:

@@ -94,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args)
     out = common.start_run(args.out, args, training.FREE, data_digest=[common.file_digest(p) for p in args.data + args.mix])
     if training.trained(out, args.steps):
-        print(f"{out / 'model'} is trained already")
+        if common.rank() == 0:
+            print(f"{out / 'model'} is trained already")
         return
     model, tokenizer, _ = training.load_model(args, device, train=True)
     rows = read_rows(args.data, model, tokenizer, args)

@@ -2,6 +2,7 @@
 
 Files are compared byte for byte with those of an undisturbed run, times left out. tests/soak.py kills at random moments.
 """
+import argparse
 import json
 import os
 import random
@@ -582,3 +583,33 @@ def test_the_model_is_loaded_from_safetensors_and_without_its_code():
     for call in re.findall(r"from_pretrained\((?:[^()]|\([^()]*\))*\)", text):
         assert "trust_remote_code=False" in call
     assert "use_safetensors=True" in text
+
+
+# --- what a result depends on ------------------------------------------------------------------------------------------
+def test_a_run_needs_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    common.start_run(tmp_path / "o", argparse.Namespace(seed=0))
+    assert json.loads((tmp_path / "o/run.json").read_text())["git"] is None
+
+
+@pytest.mark.parametrize("change", ["verifier", "chat template"])
+def test_a_run_does_not_go_on_with_another_verifier_or_chat_template(tmp_path, model_dir, change):
+    model, verifier = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "v.py"
+    verifier.write_text("def check(response, gold):\n    return True\n")
+    args = argparse.Namespace(model=str(model), verifier=f"{verifier}:check")
+    common.start_run(tmp_path / "o", args)
+    (tmp_path / "o/rollouts.rank0.part").write_text("")
+    common.start_run(tmp_path / "o", args)
+    if change == "verifier":
+        verifier.write_text("def check(response, gold):\n    return False\n")
+    else:
+        next(model.glob("*.jinja")).write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(common.UserError, match=f"--{change.split()[0] if change == 'verifier' else 'model'}-digest"):
+        common.start_run(tmp_path / "o", args)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "1" * 20])
+def test_a_timeout_that_is_none_is_named(monkeypatch, seconds):
+    monkeypatch.setenv("LATENTREVISE_TIMEOUT", seconds)
+    with pytest.raises(common.UserError, match="LATENTREVISE_TIMEOUT"):
+        common.patience()

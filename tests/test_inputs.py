@@ -111,7 +111,7 @@ BAD_PROBLEMS = {
     **{f"problem-{v!r}": (row(problem=v), r"d\.jsonl: record 2: .*neither a string nor a list of chat messages")
        for v in (None, 5, [], ["x"], [{"role": "user"}], [{"role": "user", "content": 3}], {})},
     "surrogate": (row(problem="a\ud800"), "refused by the tokenizer"),
-    "long": (row(problem="x" * 600), r"--data: problem 'b' is \d+ tokens long"),
+    "long": (row(problem="x" * 600), r"problem 'b' is \d+ tokens long"),
 }
 
 
