@@ -46,7 +46,8 @@ def kill(args: argparse.Namespace, path: Path) -> bool:
             shutil.rmtree(out)
             draw, kills, ends = random.Random(f"{args.seed} {name} {processes}"), 0, 0
             while kills < args.moments:
-                ranks = world.start(name, out, processes)
+                # a process that is lost before the others have met it is waited for this long (torchrun would stop them)
+                ranks = world.start(name, out, processes, LATENTREVISE_TIMEOUT="10")
                 time.sleep(draw.uniform(0, usual))
                 victims = draw.choice([ranks, [draw.choice(ranks)]])
                 alive = [p for p in victims if p.is_alive()]
