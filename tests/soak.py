@@ -52,7 +52,7 @@ def kill(args: argparse.Namespace, path: Path) -> bool:
                 victims = draw.choice([ranks, [draw.choice(ranks)]])
                 alive = [p for p in victims if p.is_alive()]
                 for p in alive:
-                    os.kill(p.pid, signal.SIGKILL)
+                    p.kill()  # which does not mind that it has just ended
                 for p in ranks:
                     p.join(SETTLE)
                     good &= p.exitcode is not None
