@@ -340,7 +340,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--opsd-hint {args.opsd_hint!r} has no {{answer}}")
 
 
-FREE = (*training.FREE, "batch_size", "max_batch_tokens", "cuda_graphs", "batch_tokens", "sample_every", "warn_after")
+FREE = (*training.FREE, *revise.FREE, "sample_every", "warn_after")
 
 
 def main(args: argparse.Namespace) -> None:
