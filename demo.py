@@ -54,12 +54,13 @@ def run_one(command: str, quiet: bool, processes: int, seconds: dict[str, float]
 
 def run(out: Path, *commands: str, processes: int = 1) -> dict[str, float]:
     """Run stage commands, two at a time, and return what each has taken in seconds (kept in OUT/seconds.json)."""
+    out.mkdir(parents=True, exist_ok=True)
     file = out / "seconds.json"
     seconds = json.loads(file.read_text()) if file.exists() else {}
     with ThreadPoolExecutor(2) as pool:
         for job in [pool.submit(run_one, c, len(commands) > 1, processes, seconds) for c in commands]:
             job.result()
-    common.write_atomic(file, json.dumps(seconds, indent=1) + "\n")
+            common.write_atomic(file, json.dumps(dict(seconds), indent=1) + "\n")
     return seconds
 
 
@@ -138,7 +139,7 @@ def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
     right.plot(steps, [sum(any(c["rewards"]) for c in at) / len(at) for at in curve], "ko-", label="recovered")
     right.set(xlabel="Frank-Wolfe step", ylabel=f"share recovered, {CONTINUATIONS} continuations")
     length = right.twinx()
-    length.plot(steps, [sum(sum(c["lengths"]) / len(c["lengths"]) for c in at) / len(at) for at in curve], "k^:", label="length")
+    length.plot(steps, [sum(sum(map(len, c["ids"])) / len(c["ids"]) for c in at) / len(at) for at in curve], "k^:", label="length")
     length.set_ylabel("mean continuation length (tokens)")
     right.legend(*[a + b for a, b in zip(right.get_legend_handles_labels(), length.get_legend_handles_labels())])
     fig.savefig(out / "revision.png", dpi=120)

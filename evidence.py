@@ -1,251 +1,168 @@
-"""What the method does, measured with the controls that the paper lacks: makes the tables of RESULTS.md from seeds.
+"""What the method does, measured with the controls that the paper lacks: makes every table and figure of RESULTS.md from seeds.
 
-    python evidence.py                        everything, on both toy worlds, cached: continues where it was stopped
-    python evidence.py --worlds toy_words     one world (toy, toy_words); --seeds 0 1 2: base models
-    python evidence.py --quick                a small run of the same code, not for reading
+    python evidence.py                  everything, on both toy worlds; cached, so it continues where it was stopped
+    python evidence.py --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
+    python evidence.py --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
+    python evidence.py --quick          a small run of the same code, not for reading
 
-Base models: of seed 0 those that ship with the repository; others are trained first. Every number comes from files that the
-stage scripts wrote; evidence.py runs them, counts, and writes OUT/WORLD/results.md.
+Base models: of seed 0 those that ship with the repository; others are trained first. Problems and every draw are of the base
+model's seed. The stage scripts make all numbers; tables.py counts, plot.py draws, and this file says what is run.
 """
 import argparse
 import time
 from pathlib import Path
 
-import torch
-
 import common
 import demo
-import revise
-import rollout
+import plot
+import tables
 import toy
 import toy_words
-from demo import CONTINUATIONS, LENGTH, PROBLEMS, share
-from verifier import verify
+from demo import LENGTH, PROBLEMS
 
 WORLDS = {"toy": toy, "toy_words": toy_words}
+# hard: problems; test: held-out problems of a set; attempts: failed rollouts revised per prompt, for the training data
+FULL = {"hard": 180, "test": 60, "attempts": 3, "steps": 16, "batch": 16, "continuations": 8}
+QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "batch": 2, "continuations": 2}
 
 # name -> flags of revise.py. The first is the paper's method at its defaults; all others differ from it by their flags alone
 RECOVERY = {
-    "controls": {
-        "LatentRevise": "--record-every 2",
+    "Controls": {
+        "LatentRevise": "--attempts {attempts}",  # the tables take the first; training takes all
         "fresh sampling": "--from scratch",
-        "fresh sampling, equal compute": "--from scratch --continuations {equal}",
+        "fresh sampling, equal compute": "--from scratch",  # and as many continuations as the first one's tokens pay for
         "hard prefix": "--from hard-prefix",
         "random vertices": "--vertices random",
         "permuted gold": "--gold permuted"},
-    "ablations of Table 3": {
-        "no Frank-Wolfe (Adam, lr 0.01)": "--optimizer adam",
+    "Ablations of Table 3": {
+        "no Frank-Wolfe (Adam, lr 0.01)": "--optimizer adam --record-every 1",
         "no L_guide": "--alpha-guide 0",
         "no L_explore": "--explore-weight 0",
         "no L_NLL": "--beta-nll 0",
         "rho 0.5": "--rho 0.5",
         "rho 0.2": "--rho 0.2",
         "K 5": "--revision-steps 5",
-        "K 20": "--revision-steps 20"},
-    "choices of ours": {
+        "K 20": "--revision-steps 20 --record-every 2"},
+    "Choices of ours": {
         "losses as means": "--reduction mean",
-        "cosine projection": "--projection cosine",
-        "l2 projection": "--projection l2",
         "no special tokens as vertices": "--vertex-rows text",
-        "gamma0 0.2": "--gamma0 0.2",
-        "gamma0 0.3": "--gamma0 0.3"},
-    "other steps": {
+        "gamma0 0.3": "--gamma0 0.3",
         "pairwise": "--direction pairwise",
         "away": "--direction away",
         "short step": "--step-rule short",
-        "pairwise, short step": "--direction pairwise --step-rule short",
-        "backtracking": "--step-rule backtracking",
         "backtracking, K 5": "--step-rule backtracking --revision-steps 5",
-        "pairwise, backtracking": "--direction pairwise --step-rule backtracking",
         "pairwise, backtracking, K 5": "--direction pairwise --step-rule backtracking --revision-steps 5",
-        "away, backtracking, K 5": "--direction away --step-rule backtracking --revision-steps 5",
-        "pairwise, K 20": "--direction pairwise --revision-steps 20",
-        "cut by surprise": "--rho-rule surprise"}}
+        "cut by surprise": "--rho-rule surprise",
+        "likely only": "--min-logprob -0.5 --attempts {attempts}"}}
+
+# arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's own
+LIKELY = "--min-logprob -0.5"
+HARD = {
+    "RFT": "rft-samples/rollouts.jsonl",
+    "GRPO N=8": "",
+    "GRPO N=16": "--group-size 16",
+    "DAPO": "--algo dapo",
+    "OPSD": "--algo opsd --group-size 8 --opsd-hint '{template}{{answer}}}}. Check your work.'",
+    "SFT+LatentRevise": "revise/latentrevise/recovered.jsonl",
+    "SFT+LatentRevise, sound only": "recovered-sound.jsonl",
+    "SFT+LatentRevise, likely only": "revise/likely-only/recovered.jsonl",
+    "GRPO+LatentRevise": "--revise --template '{template}' --batch-tokens 4096",
+    "GRPO+LatentRevise, likely only": "--revise --template '{template}' --batch-tokens 4096 " + LIKELY}
+TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
+SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD")]  # of the second world, for want of time
 
 
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
+def prepare(world, base: Path, model: str, seed: int, size: dict) -> None:
+    """The problems of a base model, and its rollouts on the hard ones."""
+    demo.run(base, f"{world.__name__}.py data --out {base}/data --seed {seed}")
+    demo.run(base, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {size['hard']} -n 32 --seed {seed} "
+                   f"{PROBLEMS} --out {base}/rollouts", processes=2)
 
 
-def cost(record: dict) -> int:
-    """Tokens that a revision and its continuations cost: a token of a forward pass counts 1, and so does one of a backward.
-    The pass over what a continuation follows, prompt and prefix, is left out, as it is for fresh samples."""
-    branch = 6  # the worlds' template, 5 tokens, and a gold answer of two digits
-    trunk = len(record["prompt_ids"]) + record["failed_tokens"] + branch
-    return trunk * (record["passes"] + len(record["gaps"])) + sum(len(c["ids"]) for c in record["continuations"])
+def recover(world, base: Path, model: str, seed: int, size: dict) -> None:
+    """Every variant of RECOVERY on the zero-hit prompts of a base model, into BASE/revise."""
+    stage = (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --batch-tokens 4096 --seed {seed} "
+             f"--template '{world.TEMPLATE}'")
+    variants = {name: flags for group in RECOVERY.values() for name, flags in group.items()}
+    equal = variants.pop("fresh sampling, equal compute")
+
+    def command(name: str, flags: str, continuations: int) -> str:
+        attempts = "" if "--attempts" in flags else " --attempts 1"
+        return (f"{stage} --continuations {continuations}{attempts} {flags.format(**size)} "
+                f"--out {base}/revise/{tables.slug(name)}")
+
+    demo.run(base, *[command(name, flags, size["continuations"]) for name, flags in variants.items()])
+    records = tables.Records(base)
+    ours, fresh = (records.variant(name) for name in ("LatentRevise", "fresh sampling"))
+    each = sum(len(c["ids"]) for r in fresh for c in r["continuations"]) / (size["continuations"] * len(fresh))
+    samples = round(sum(map(tables.cost, ours)) / len(ours) / each)  # denominators: failed rollouts; tokens of a fresh sample
+    demo.run(base, command("fresh sampling, equal compute", equal, samples))
 
 
-def read_variant(folder: Path, failed: dict) -> list[dict]:
-    records = demo.first_attempts(common.read_jsonl(folder / "revised.jsonl"))
-    return [r | {"failed_tokens": len(failed[r["id"], r["sample"]]["response_ids"])} for r in records]
+def train(world, base: Path, model: str, seed: int, size: dict, lr: str = "3e-4") -> None:
+    """Every training arm from a base model, into BASE/train/SET, and pass@k of all models on held-out easy and hard problems."""
+    problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
+    sound = [r for r in common.read_jsonl(base / "revise" / "latentrevise" / "recovered.jsonl")
+             if world.is_sound(problems[r["id"]], r["response"])]
+    common.write_atomic(base / "recovered-sound.jsonl", "".join(map(common.to_line, sound)))
+    fresh = size["continuations"] * size["attempts"]  # rejection sampling: as many samples as the revision had continuations
+    zero = base / "rollouts" / "zero_hit.jsonl"
+    demo.run(base, f"rollout.py --model {model} --data {zero} -n {fresh} --seed {seed + 1000} {PROBLEMS} --out "
+                   f"{base}/rft-samples", processes=2)
+    common_flags = f"--model {model} --steps {size['steps']} --lr {lr} --micro-batch-tokens 8192 --seed {seed}"
+    grpo = f"train_grpo.py {common_flags} {PROBLEMS} --batch-prompts {size['batch']} --sample-every 1 --sample-groups 0"
 
+    def commands(arms: list[str], data: Path, folder: str) -> dict[str, str]:
+        found = {}
+        for arm in arms:
+            flags, out = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
+            if not flags.endswith(".jsonl"):
+                found[arm] = f"{grpo} --data {data} {flags} {out}"
+            elif any(r["reward"] for r in common.read_jsonl(base / flags)):  # otherwise there is nothing to learn from
+                found[arm] = f"train_sft.py {common_flags} --batch-size 64 --data {base}/{flags} {out}"
+        return found
 
-def recovery_row(world, name: str, seeds: list[list[dict]], problems: dict[str, str], score: str = "reward") -> str:
-    """One line of a recovery table, over the records of all base models."""
-    records = [r for records in seeds for r in records]
-    hits = [[c for c in r["continuations"] if c[score]] for r in records]
-    sound = [[c for c in h if world.is_sound(problems[r["id"]], c["response"])] for r, h in zip(records, hits)]
-    n = len(records)
-    by_seed = " ".join(f"{100 * sum(any(c[score] for c in r['continuations']) for r in rs) / len(rs):.1f}" for rs in seeds)
-    right, gold = sum(map(len, hits)), score == "reward"  # a wrong answer cannot be reached soundly
-    mean = lambda values: sum(values) / n  # denominator: failed rollouts
-    length = mean([sum(len(c["ids"]) for c in r["continuations"]) / len(r["continuations"]) for r in records])
-    return (f"| {name} | {share(sum(map(bool, hits)), n)} | {by_seed} | {share(sum(map(bool, sound)), n) if gold else '-'} | "
-            f"{share(sum(map(len, sound)), right) if right and gold else '-'} | {mean([r['passes'] for r in records]):.1f} | "
-            f"{mean([cost(r) for r in records]):.0f} | {length:.1f} | {100 * mean([r['kept'] for r in records]):.0f} % |")
-
-
-HEAD = ("| | recovered | by base model | soundly | sound of the right | forward passes | tokens of compute | continuation | kept |\n"
-        + "|---" * 9 + "|")
-
-
-def recovery(world, out: Path, models: dict[int, str], limit: int) -> str:
-    """The recovery tables: every variant on the zero-hit prompts of every base model."""
-    tables, problems, records, wrong = [], {}, {}, []
-    for seed, model in models.items():
-        base = out / f"base{seed}"
-        demo.run(out, f"{world.__name__}.py data --out {base}/data")
-        demo.run(out, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {limit} -n 32 {PROBLEMS} --out "
-                      f"{base}/rollouts", processes=2)
-        problems |= {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
-        failed = {(r["id"], r["sample"]): r for r in common.read_jsonl(base / "rollouts" / "rollouts.jsonl")}
-        stage = (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --batch-tokens 4096 --attempts 1 "
-                 f"--template '{world.TEMPLATE}'")
-
-        def commands(flags: dict[str, str], stage=stage, base=base) -> list[str]:
-            return [f"{stage} {'' if '--continuations' in f else f'--continuations {CONTINUATIONS} '}{f} --out "
-                    f"{base}/{slug(name)}" for name, f in flags.items()]
-
-        plain = {name: f for group in RECOVERY.values() for name, f in group.items() if "{equal}" not in f}
-        demo.run(out, *commands(plain))
-        ours, fresh = (read_variant(base / slug(name), failed) for name in ("LatentRevise", "fresh sampling"))
-        # As many fresh samples as the tokens of the method would pay for
-        each = sum(len(c["ids"]) for r in fresh for c in r["continuations"]) / (CONTINUATIONS * len(fresh))
-        equal = round(sum(map(cost, ours)) / len(ours) / each)
-        demo.run(out, *commands({"fresh sampling, equal compute": f"--from scratch --continuations {equal}"}))
-        for group in RECOVERY.values():
-            for name in group:
-                records.setdefault(name, []).append(read_variant(base / slug(name), failed))
-        wrong.append(demo.not_reached(records["permuted gold"][-1], list(failed.values())))
-    for group, rows in RECOVERY.items():
-        lines = [recovery_row(world, name, records[name], problems) for name in rows]
-        if "permuted gold" in rows:
-            lines.append(recovery_row(world, "permuted gold, scored on it", wrong, problems, "guide_reward"))
-        tables.append(f"### {group[0].upper() + group[1:]}\n\n{HEAD}\n" + "\n".join(lines) + "\n")
-    return "\n".join(tables)
-
-
-# --- soundness and the hull, from the recovered trajectories of the plain method ----------------------------------------------
-@torch.no_grad()
-def trace_logprobs(model, contexts: list[torch.Tensor], ids: list[list[int]]) -> list[float]:
-    """Mean log-probability of a token of ids after its context, (T, D) input embeddings each; one pass for every pair."""
-    W, values = model.get_input_embeddings().weight, []
-    for x, c in zip(contexts, ids):
-        logits = model(inputs_embeds=torch.cat([x, W[torch.tensor(c)]])[None], use_cache=False).logits[0, len(x) - 1:-1]
-        values.append(float(logits.log_softmax(-1).gather(1, torch.tensor(c)[:, None]).mean()))  # denominator: tokens of c
-    return values
-
-
-def examine(world, model, tokenizer, folder: Path, permuted: dict[str, dict], problems: dict[str, str]) -> tuple[list[dict], list[dict]]:
-    """Facts of every recovered trajectory, and of every revised prefix, of one run of revise.py.
-
-    A trajectory: `sound`; `again`, how many of 16 continuations of its hard prefix reach the gold answer; `soft` and `hard`,
-    the mean log-probability of its continuation after the soft and the hard prefix; `leaks`, whether the same prompt
-    reached a wrong answer when it was steered toward that. A prefix: `distance` to the nearest token and `moved`, both as
-    shares of the norm of its own token's embedding; `kept` by each projection; `gaps`; `recovered`.
-    """
-    W = model.get_input_embeddings().weight.detach()
-    allowed = torch.arange(len(tokenizer))
-    eos = common.eos_ids(model, tokenizer)
-    trajectories, prefixes = [], []
-    for r in demo.first_attempts(common.read_jsonl(folder / "revised.jsonl")):
-        E, start = revise.soft_prefix(W, *revise.load_prefix(folder, r)), W[torch.tensor(r["prefix_ids"])]
-        norms = start.norm(dim=-1)  # denominator of both distances
-        ids = {m: revise.best_rows(E, W, allowed, m) for m in ("inner", "cosine", "l2")}
-        prefixes.append({"distance": float(((E - W[ids["l2"]]).norm(dim=-1) / norms).mean()),
-                         "moved": float(((E - start).norm(dim=-1) / norms).mean()), "gaps": r["gaps"], "recovered": r["recovered"],
-                         "kept": {m: float((i == torch.tensor(r["prefix_ids"])).float().mean()) for m, i in ids.items()}})
-        right = [c for c in r["continuations"] if c["reward"]]
-        if not right:
-            continue
-        q, hard = W[torch.tensor(r["prompt_ids"])], torch.cat([W[torch.tensor(x)] for x in (r["prompt_ids"], r["projected_ids"])])
-        keys = [rollout.row_key("again", r["id"], m) for m in range(16)]
-        fresh = rollout.sample(model, [hard], [keys], [160 - len(r["prefix_ids"])], eos=eos, vocab=len(tokenizer))[0]
-        again = sum(verify(tokenizer.decode(r["projected_ids"] + s.ids, skip_special_tokens=True), r["answer"]) for s in fresh)
-        conts = [c["ids"] for c in right]
-        soft = trace_logprobs(model, [torch.cat([q, E])] * len(right), conts)
-        trajectories += [{"sound": world.is_sound(problems[r["id"]], c["response"]), "again": again, "soft": a, "hard": b,
-                          "leaks": any(x["guide_reward"] for x in permuted[r["id"]]["continuations"]), "id": r["id"]}
-                         for c, a, b in zip(right, soft, trace_logprobs(model, [hard] * len(right), conts))]
-    return trajectories, prefixes
-
-
-FILTERS = {"all recovered": lambda t: True,
-           "answer reached again from the hard prefix, 1 of 16": lambda t: t["again"] >= 1,
-           "the same, 4 of 16": lambda t: t["again"] >= 4,
-           "prompt does not reach a wrong answer when steered toward it": lambda t: not t["leaks"],
-           "continuation likely after the hard prefix (> -0.5 nat a token)": lambda t: t["hard"] > -0.5,
-           "the last and the first": lambda t: t["hard"] > -0.5 and t["again"] >= 1}
-
-
-def soundness(world, out: Path, models: dict[int, str]) -> str:
-    """Tables of the filters and of the hull, over all base models."""
-    trajectories, prefixes = [], []
-    for seed, path in models.items():
-        base = out / f"base{seed}"
-        model, tokenizer, _ = common.load_model(argparse.Namespace(model=path, dtype="float32"), torch.device("cpu"))
-        problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
-        permuted = {r["id"]: r for r in common.read_jsonl(base / "permuted-gold" / "revised.jsonl")}
-        ts, ps = examine(world, model, tokenizer, base / "latentrevise", permuted, problems)
-        trajectories += [t | {"seed": seed} for t in ts]
-        prefixes += ps
-    lines = ["| filter | kept of the recovered | of them sound | sound prompts kept |", "|---" * 4 + "|"]
-    prompts = lambda ts: {(t["seed"], t["id"]) for t in ts}
-    of_sound = prompts(t for t in trajectories if t["sound"])
-    for name, passes in FILTERS.items():
-        kept = [t for t in trajectories if passes(t)]
-        sound = [t for t in kept if t["sound"]]
-        lines.append(f"| {name} | {share(len(kept), len(trajectories))} | {share(len(sound), len(kept)) if kept else '-'} | "
-                     f"{len(prompts(sound))} of {len(of_sound)} |")
-    mean = lambda values: sum(values) / max(len(values), 1)  # denominator: the values
-    hull = ["| | recovered | not recovered |", "|---" * 3 + "|"]
-    groups = [[p for p in prefixes if p["recovered"] == r] for r in (True, False)]
-    rows = {"prefixes": [f"{len(g)}" for g in groups],
-            "moved, share of the token's norm": [f"{mean([p['moved'] for p in g]):.3f}" for g in groups],
-            "distance to the nearest token, the same": [f"{mean([p['distance'] for p in g]):.3f}" for g in groups],
-            **{f"tokens kept by {m}": [f"{100 * mean([p['kept'][m] for p in g]):.1f} %" for g in groups] for m in ("inner", "cosine", "l2")},
-            "Frank-Wolfe gap before the first step": [f"{mean([p['gaps'][0] for p in g]):.1f}" for g in groups],
-            "Frank-Wolfe gap before the last step": [f"{mean([p['gaps'][-1] for p in g]):.1f}" for g in groups]}
-    hull += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    likely = [(t["soft"], t["hard"]) for t in trajectories]
-    hull.append(f"\nMean log-probability of a token of a recovered continuation: {mean([s for s, _ in likely]):.3f} after the soft prefix, "
-                f"{mean([h for _, h in likely]):.3f} after its projection ({len(likely)} continuations).")
-    return "### Filters without a reasoning trace\n\n" + "\n".join(lines) + "\n\n### The hull\n\n" + "\n".join(hull) + "\n"
+    runs = {"hard": commands(list(HARD) if world is toy else SECOND, zero, "hard")}
+    if world is toy:
+        runs["full"] = commands(TABLE_2, base / "data" / "train.jsonl", "full")
+    demo.run(base, *[command for arms in runs.values() for command in arms.values()])
+    for folder, arms in runs.items():
+        models = " ".join([*[model] * (folder == "hard"), *(f"{base}/train/{folder}/{tables.slug(arm)}/model" for arm in arms)])
+        demo.run(base, f"eval.py --model {models} --data {base}/data/test_hard.jsonl {base}/data/test_easy.jsonl --limit "
+                       f"{size['test']} -n 32 --k 1 32 --seed {seed} {PROBLEMS} --out {base}/eval/{folder}", processes=2)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="[ours] one base model and 24 prompts: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="[ours] one base model and 16 prompts: to see that it runs")
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[ours] base models of each world")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
+    parser.add_argument("--write", action="store_true", help="[ours] also rewrite the tables of RESULTS.md and the figures of docs/")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     begun = time.time()
     root = Path(args.out or ("out/evidence-quick" if args.quick else "out/evidence"))
-    seeds = [0] if args.quick else args.seeds
+    size, seeds = (QUICK, [0]) if args.quick else (FULL, args.seeds)
+    bases = {}
     for name in args.worlds:
         world, out = WORLDS[name], root / name
-        out.mkdir(parents=True, exist_ok=True)
-        models = {s: str(out / f"model{s}") if s else f"{name}_model" for s in seeds}
-        demo.run(out, *[f"{name}.py train --out {path} --seed {s}" for s, path in models.items()
+        models = {s: f"{out}/model{s}" if s else f"{name}_model" for s in seeds}
+        demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
                         if s and not (demo.ROOT / path / "run.json").exists()])
-        limit = 24 if args.quick else 300
-        text = recovery(world, out, models, limit) + "\n" + soundness(world, out, models)
-        common.write_atomic(out / "results.md", text)
-        print(f"{text}\n[{time.time() - begun:.0f} s] {out}/results.md")
+        for stage in (prepare, recover, train):
+            for seed, model in models.items():
+                stage(world, out / f"base{seed}", model, seed, size)
+        bases[name] = {seed: (out / f"base{seed}", model) for seed, model in models.items()}
+    text = tables.everything(WORLDS, bases, RECOVERY, list(HARD), TABLE_2)
+    common.write_atomic(root / "tables.md", text)
+    for folder in [root, demo.ROOT / "docs"] if args.write else [root]:
+        plot.main(plot.get_args(["--evidence", str(root), "--out", str(folder)]))
+    if args.write:
+        tables.write_results(demo.ROOT / "RESULTS.md", text)
+    print(f"{text}\n[{time.time() - begun:.0f} s] {root}/tables.md")
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         for step, samples in result.items():
             soft_text = [tokenizer.decode(f.r + s.ids, skip_special_tokens=True) for s in samples]
             rewards = [int(bool(verify(text, r["answer"]))) for text in soft_text]
-            curve[step] = {"rewards": rewards, "lengths": [len(s.ids) for s in samples]}
+            curve[step] = {"rewards": rewards, "ids": [s.ids for s in samples]}
         continuations = []
         for s, soft_reward in zip(result[args.revision_steps], curve[args.revision_steps]["rewards"]):
             text = tokenizer.decode(projected + s.ids, skip_special_tokens=True)

@@ -294,6 +294,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=10, help="[ours] steps between evaluations, step 0 included")
     parser.add_argument("--eval-n", type=int, default=8, help="[ours] samples per problem of an evaluation")
     parser.add_argument("--sample-every", type=int, default=10, help="[ours] steps between samples.jsonl's; 0 for none")
+    parser.add_argument("--sample-groups", type=int, default=2, help="[ours] groups in each, rescued ones first; 0 for all")
     parser.add_argument("--warn-after", type=int, default=20, help="[ours] warn after so many steps without signal; 0: never")
     training.add_training_args(parser)
     revise.add_revision_args(parser)
@@ -411,11 +412,12 @@ def main(args: argparse.Namespace) -> None:
              "seconds_revise": round(counts["seconds_revise"], 3), "seconds_update": round(time.time() - start, 3)})
         if common.rank() == 0:
             if args.sample_every and (step - 1) % args.sample_every == 0 and rows:
+                shown = args.sample_groups * (args.group_size + (args.inject == "append")) or len(rows)
                 rescued = {r["id"] for r in rows if r.get("injected")}  # shown first
                 common.append_jsonl(out / "samples.jsonl", [
                     {"step": step, "id": r["id"], "prompt": tokenizer.decode(r["prompt_ids"]), "response": r["response"],
                      "reward": r["reward"], "advantage": r["advantage"], "injected": r.get("injected", False)}
-                    for r in sorted(rows, key=lambda r: r["id"] not in rescued)[:2 * (args.group_size + (args.inject == "append"))]])
+                    for r in sorted(rows, key=lambda r: r["id"] not in rescued)[:shown]])
             bar.set_postfix_str(f"reward {counts['hits'] / counts['sampled']:.3f}, zero-hit {shares['zero_hit']:.2f}, "
                                 f"rescued {shares['rescued']:.2f}", refresh=False)
             if args.algo == "dapo" and counts["kept"] < args.batch_prompts:

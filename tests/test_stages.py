@@ -244,7 +244,7 @@ def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
     assert [{**r, "curve": r["curve"]["10"]} for r in records] == [{**r, "curve": r["curve"]["10"]} for r in default[1]]
     for r in records:
         assert list(r["curve"]) == ["0", "2", "4", "6", "8", "10"]
-        assert all(len(c["rewards"]) == len(c["lengths"]) == M for c in r["curve"].values())
+        assert all(len(c["rewards"]) == len(c["ids"]) == M for c in r["curve"].values())
         assert r["curve"]["10"]["rewards"] == [c["soft_reward"] for c in r["continuations"]]
 
 

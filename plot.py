@@ -1,0 +1,112 @@
+"""The figures of RESULTS.md, from the JSONL files of evidence.py. Readable without colour. Needs matplotlib (requirements-dev.txt).
+
+    python plot.py --evidence out/evidence --out docs
+"""
+import argparse
+import importlib
+import importlib.util
+from pathlib import Path
+
+import common
+import tables
+import toy
+from eval import wilson_interval
+
+WIDTH = 4.6  # inches, of one panel
+ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-.", "GRPO+LatentRevise, likely only": (0, (1, 4))}
+VARIANTS = ("LatentRevise", "permuted gold", "random vertices", "hard prefix", "fresh sampling", "fresh sampling, equal compute",
+            "no Frank-Wolfe (Adam, lr 0.01)", "no L_guide", "no L_explore", "no L_NLL", "rho 0.5", "rho 0.2", "K 5", "K 20",
+            "gamma0 0.3", "backtracking, K 5", "likely only")
+
+
+def load(out: Path):
+    """matplotlib's pyplot, drawing into files alone. Raises UserError where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise common.UserError("figures need matplotlib: pip install -r requirements-dev.txt")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    out.mkdir(parents=True, exist_ok=True)
+    return plt
+
+
+def steps(plt, worlds: dict, out: Path) -> None:
+    """Figure 3: recovery and continuation length against Frank-Wolfe steps, all base models of a world together."""
+    fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 3.2), layout="constrained", squeeze=False)
+    for axis, (name, (world, tokenizer, records)) in zip(axes[0], worlds.items()):
+        rows = tables.by_step(world, tokenizer, records, "K 20")
+        at = [r["step"] for r in rows]
+        for key, style, shade in (("recovered", "ko-", "0.85"), ("sound", "ks--", "0.7")):
+            axis.fill_between(at, *zip(*(wilson_interval(r[key], r["n"]) for r in rows)), color=shade, linewidth=0)
+            axis.plot(at, [r[key] / r["n"] for r in rows], style, markersize=4, label=key)
+        axis.set(xlabel="Frank-Wolfe step", ylabel="share of zero-hit prompts", title=f"{name}.py", ylim=(0, None))
+        length = axis.twinx()
+        length.plot(at, [r["length"] for r in rows], "k^:", markersize=4, label="continuation")
+        length.set_ylabel("mean continuation (tokens)")
+        axis.legend(*[a + b for a, b in zip(axis.get_legend_handles_labels(), length.get_legend_handles_labels())], fontsize=8)
+    fig.savefig(out / "evidence-steps.png", dpi=120)
+
+
+def variants(plt, worlds: dict, out: Path) -> None:
+    """Recovered and soundly recovered of every ablation and control, with intervals."""
+    fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 4.6), layout="constrained", squeeze=False, sharey=True)
+    for axis, (name, (world, _, records)) in zip(axes[0], worlds.items()):
+        for y, variant in enumerate(reversed(VARIANTS)):
+            found = [r for b in records for r in b.variant(variant)]
+            right = [[c["response"] for c in r["continuations"] if c["reward"]] for r in found]
+            sound = sum(any(world.is_sound(r["problem"], t) for t in ts) for r, ts in zip(found, right))
+            for k, style, shift in ((sum(map(bool, right)), "ko", 0.15), (sound, "ks", -0.15)):
+                low, high = wilson_interval(k, len(found))
+                axis.plot([100 * low, 100 * high], [y + shift] * 2, "k-", linewidth=0.8)
+                axis.plot(100 * k / len(found), y + shift, style, markersize=4, markerfacecolor="k" if style == "ko" else "w",
+                          label=None if y else ("recovered" if style == "ko" else "soundly recovered"))
+        axis.set(xlabel="percent of zero-hit prompts, 95 % interval", title=f"{name}.py", xlim=(0, None))
+        axis.set_yticks(range(len(VARIANTS)), reversed(VARIANTS), fontsize=8)
+        axis.grid(axis="y", linewidth=0.3)
+    axes[0][0].legend(fontsize=8)
+    fig.savefig(out / "evidence-variants.png", dpi=120)
+
+
+def curves(plt, runs: dict[str, list[Path]], out: Path) -> None:
+    """Learning curves: reward of the policy's own samples and rescued groups, mean over base models."""
+    sets = {f"{name}.py, {folder} set": [base / "train" / folder for base in bases] for name, bases in runs.items()
+            for folder in ("hard", "full") if (bases[0] / "train" / folder).exists()}
+    fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), layout="constrained", squeeze=False, sharex=True)
+    for column, (title, folders) in zip(axes.T, sets.items()):
+        for arm, style in ARMS.items():
+            files = [f / tables.slug(arm) / "metrics.jsonl" for f in folders]
+            logs = [common.read_jsonl(f) for f in files if f.exists()]
+            for axis, key in zip(column, ("reward", "rescued") if logs else ()):
+                rows = list(zip(*[[r[key] for r in log] for log in logs]))
+                axis.plot(range(1, len(rows) + 1), [sum(r) / len(r) for r in rows], color="k", linestyle=style, linewidth=1.2, label=arm)
+        column[0].set(title=title, ylabel="reward of the policy's samples")
+        column[1].set(xlabel="training step", ylabel="share of groups rescued")
+    axes[0][0].legend(fontsize=7)
+    fig.savefig(out / "evidence-training.png", dpi=120)
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evidence", default="out/evidence", help="[ours] output folder of evidence.py")
+    parser.add_argument("--out", required=True, help="[ours] folder for the figures")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    found = {name: sorted((Path(args.evidence) / name).glob("base*/")) for name in ("toy", "toy_words")}
+    found = {name: bases for name, bases in found.items() if bases}
+    if not found:
+        raise common.UserError(f"--evidence {args.evidence}: holds no run of evidence.py")
+    out = Path(args.out)
+    plt = load(out)
+    worlds = {}
+    for name, bases in found.items():
+        world = importlib.import_module(name)
+        worlds[name] = world, toy.build_tokenizer(world), [tables.Records(base) for base in bases]
+    steps(plt, worlds, out)
+    variants(plt, worlds, out)
+    curves(plt, found, out)
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)
