@@ -5,6 +5,7 @@
     python bench.py grpo              one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and
                                       against full logits of rows padded to the longest (CPU)
     python bench.py memory            the formula of the README against what toy_model keeps (CPU), and the paper's models
+    python bench.py hours             GPU-hours of the recipes, computed
     python bench.py rollout           sampling against Transformers' generate(); --device cuda: in the shape of Qwen2.5-1.5B
 
 Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`;
@@ -23,7 +24,7 @@ import common
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["revise", "rollout", "grpo", "memory"], help="[ours] what to measure")
+    parser.add_argument("what", choices=["revise", "rollout", "grpo", "memory", "hours"], help="[ours] what to measure")
     parser.add_argument("--device", default="auto", help="[ours] auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="[ours] as elsewhere")
     parser.add_argument("--runs", type=int, default=5, help="[ours] interleaved runs of each; the median is reported")

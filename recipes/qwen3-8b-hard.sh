@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Table 1, Qwen3-8B-Base trained on dapo-hard. 8 GPUs. Status: not run.
+# Table 1, Qwen3-8B-Base trained on dapo-hard. 8 GPUs. Status: not run (README.md).
 #   DATA=dapo.jsonl bash recipes/qwen3-8b-hard.sh
 # Memory (computed, `python bench.py memory`): train_grpo is sharded over the 8 processes; each holds 18.4 GB of weights,
 # gradients, moments and reference, 16.4 GB of the copy that samples, up to 14.0 GB gathered and 8.9 GB of activations, 58 GB in
 # all (train_sft: 37 GB). rollout, revise, eval and the sampling of train_grpo are not sharded: 16.4 GB (train_grpo: beside the
-# 18.4) and the KV cache, 144 KB a token: 32 sequences of 8k are 38 GB. Each process loads the whole model in host memory first: 33 GB.
+# 18.4) and the KV cache, 147 KB a token: --max-batch-tokens 200000 are 29 GB. Each process loads the whole model in host memory first: 33 GB.
 # Several nodes: torchrun with --nnodes and --rdzv-endpoint in place of --standalone, and OUT on a disk that all of them see.
 # Expected (the paper's avg @1/@32): base 18.24/64.36, GRPO 19.43/62.75, OPSD 16.09/60.36, SFT+Ours 21.26/64.46, GRPO+Ours 22.58/65.14;
 # zero-hit prompts: 3,642 of 14,116 (25.8 %).
@@ -17,10 +17,10 @@ MODEL=${MODEL:-Qwen/Qwen3-8B-Base}
 RUN="torchrun --standalone --nproc-per-node $GPUS"
 PROMPT="--prompt-format plain"
 
-$RUN rollout.py --model $MODEL --data $DATA -n 32 --batch-size 32 $PROMPT --out $OUT/rollouts
+$RUN rollout.py --model $MODEL --data $DATA -n 32 --batch-size 256 --max-batch-tokens 200000 $PROMPT --out $OUT/rollouts
 $RUN revise.py --model $MODEL --rollouts $OUT/rollouts --checkpoint-activations --out $OUT/revised
 $RUN train_sft.py --model $MODEL --checkpoint-activations --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 32 $PROMPT --out $OUT/grpo
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 32 $PROMPT --algo opsd --out $OUT/opsd
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 32 $PROMPT --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --batch-size 16 $PROMPT --out $OUT/eval
+$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 256 --max-batch-tokens 200000 $PROMPT --out $OUT/grpo
+$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 256 --max-batch-tokens 200000 $PROMPT --algo opsd --out $OUT/opsd
+$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 256 --max-batch-tokens 200000 $PROMPT --revise --out $OUT/ours
+$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --batch-size 256 --max-batch-tokens 200000 $PROMPT --out $OUT/eval
