@@ -167,25 +167,37 @@ def child(script: str, argv: list[str], log: str, env: dict[str, str], point: in
     common.run_script(stage.get_args, stage.main)
 
 
+def launch(processes: int, target, arguments) -> list:
+    """`processes` children under way, each target(*arguments(rank, env)); env has what torchrun would set in its place."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    ranks = [server.Process(target=target, args=arguments(r, (group if processes > 1 else {}) | {
+        "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(processes)]
+    for p in ranks:
+        p.start()
+    return ranks
+
+
+def finish(ranks: list, seconds: float = 120) -> list[int | None]:
+    """Exit codes, None of one that has not ended. Each is waited for so long, once one has failed 20 s; none is left behind."""
+    for p in ranks:
+        p.join(min(seconds, 20) if any(q.exitcode for q in ranks) else seconds)
+    codes = [p.exitcode for p in ranks]
+    for p in ranks:
+        p.kill()
+        p.join()
+    return codes
+
+
 def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool = True) -> subprocess.CompletedProcess:
     """A stage in processes of its own, quickly. kill_at: see die_at (check must then expect -SIGKILL)."""
     argv = list(map(str, args))
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-        s.close()
-        group = group if processes > 1 else {}
-        ranks = [server.Process(target=child, args=(script, argv, f"{folder}/{r}", group | {
-            "RANK": str(r), "LOCAL_RANK": str(r)}, kill_at)) for r in range(processes)]
-        for p in ranks:
-            p.start()
-        for p in ranks:
-            p.join(120)
-            p.kill()
-            p.join()
+    with tempfile.TemporaryDirectory() as folder:
+        codes = finish(launch(processes, child, lambda r, env: (script, argv, f"{folder}/{r}", env, kill_at)))
         out = Path(f"{folder}/0.1").read_text()
         err = "".join(Path(f"{folder}/{r}.2").read_text() for r in range(processes))
-        code = next((p.exitcode for p in ranks if p.exitcode), 0)
+    code = next((c for c in codes if c != 0), 0)
     expected = -signal.SIGKILL if kill_at else 0
     assert not check or code == expected, f"exit {code}\n{err}"
     return subprocess.CompletedProcess([script, *argv], code, out, err)

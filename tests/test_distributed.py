@@ -2,11 +2,10 @@
 import json
 import math
 import random
-import socket
 
 import pytest
 import torch
-from conftest import read, server, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from conftest import finish, launch, read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
 from safetensors.torch import load_file, save_file
 from test_train import (
     SELECTIVE,
@@ -31,11 +30,11 @@ from common import UserError
 
 
 # --- functions on several processes -----------------------------------------------------------------------------------
-def on_rank(function, rank, env, log, *args):
+def on_rank(function, env, log, *args):
     with open(log, "w") as f:
         try:
             torch.set_num_threads(1)
-            common.os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            common.os.environ.update(env)
             common.start_group()
             function(*args)
         except BaseException as e:
@@ -49,18 +48,8 @@ def on_rank(function, rank, env, log, *args):
 
 def on_processes(count, tmp_path, function, *args):
     """function(*args) on `count` processes in one gloo group."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    logs = [tmp_path / f"log.{r}" for r in range(count)]
-    ranks = [server.Process(target=on_rank, args=(function, r, env, log, *args)) for r, log in enumerate(logs)]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(120)
-        p.kill()
-        p.join()
-    assert [p.exitcode for p in ranks] == [0] * count, "\n".join(log.read_text() for log in logs if log.exists())
+    codes = finish(launch(count, on_rank, lambda r, env: (function, env, tmp_path / f"log.{r}", *args)))
+    assert codes == [0] * count, "\n".join(log.read_text() for log in sorted(tmp_path.glob("log.*")))
 
 
 def whole_weights(model):

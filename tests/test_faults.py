@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import test_show
 import torch
-from conftest import ROOT, child, read, run, server, tiny_model, tiny_tokenizer, without_seconds, write_problems
+from conftest import ROOT, child, finish, launch, read, run, tiny_model, tiny_tokenizer, without_seconds, write_problems
 from test_inputs import READERS, SAMPLERS, STAGES, Desk, desk  # noqa: F401 (a fixture)
 
 import common
@@ -63,27 +62,13 @@ class World:
 
     def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(), **env: str) -> list:
         """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time. more: flags."""
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
         argv = [*map(str, [*self.flags[name], *more]), "--out", str(out)]
-        ranks = [server.Process(target=child, args=(f"{name}.py", argv, f"{self.path}/log.{r}", env | group | {
-            "RANK": str(r), "LOCAL_RANK": str(r)}, kill_at)) for r in range(processes)]
-        for p in ranks:
-            p.start()
-        return ranks
+        return launch(processes, child, lambda r, group: (f"{name}.py", argv, f"{self.path}/log.{r}", env | group, kill_at))
 
     def run(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(),
             **env: str) -> tuple[list[int], list[str]]:
         """Exit code and standard error of every process. None is waited for longer than a minute, nor left behind."""
-        ranks = self.start(name, out, processes, kill_at, more, **env)
-        for p in ranks:
-            p.join(60 if all(q.exitcode is None or q.exitcode == 0 for q in ranks) else 20)
-        codes = [p.exitcode for p in ranks]
-        for p in ranks:
-            p.kill()
-            p.join()
+        codes = finish(self.start(name, out, processes, kill_at, more, **env), 60)
         return codes, [Path(f"{self.path}/log.{r}.2").read_text() for r in range(processes)]
 
     def undisturbed(self, name: str, processes: int = 1) -> Path:
