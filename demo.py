@@ -146,10 +146,10 @@ def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
 
     # Training curves
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharex=True)
-    for (name, folder), style in zip(runs.items(), ("-", "--", ":", "-.")):
+    for (name, folder), style in zip(runs.items(), ("-", "--", ":", "-.", (0, (1, 4)))):
         rows = common.read_jsonl(folder / "metrics.jsonl")
         for axis, key in zip(axes, ("reward", "zero_hit", "rescued")):
-            axis.plot([r["step"] for r in rows], [r[key] for r in rows], "k" + style, label=name, linewidth=1)
+            axis.plot([r["step"] for r in rows], [r[key] for r in rows], color="k", linestyle=style, label=name, linewidth=1)
             axis.set(xlabel="training step", title=key.replace("_", "-"))
     axes[0].legend(fontsize=7)
     fig.savefig(out / "training.png", dpi=120)

@@ -2,6 +2,7 @@
 
     python evidence.py                  everything, on both toy worlds; cached, so it continues where it was stopped
     python evidence.py --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
+    python evidence.py --tables         runs no stage, counts and draws what is there
     python evidence.py --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
     python evidence.py --quick          a small run of the same code, not for reading
 
@@ -138,6 +139,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[ours] base models of each world")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
+    parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is there")
     parser.add_argument("--write", action="store_true", help="[ours] also rewrite the tables of RESULTS.md and the figures of docs/")
     return parser.parse_args(argv)
 
@@ -150,9 +152,10 @@ def main(args: argparse.Namespace) -> None:
     for name in args.worlds:
         world, out = WORLDS[name], root / name
         models = {s: f"{out}/model{s}" if s else f"{name}_model" for s in seeds}
-        demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
-                        if s and not (demo.ROOT / path / "run.json").exists()])
-        for stage in (prepare, recover, train):
+        if not args.tables:
+            demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
+                            if s and not (demo.ROOT / path / "run.json").exists()])
+        for stage in () if args.tables else (prepare, recover, train):
             for seed, model in models.items():
                 stage(world, out / f"base{seed}", model, seed, size)
         bases[name] = {seed: (out / f"base{seed}", model) for seed, model in models.items()}

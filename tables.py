@@ -16,7 +16,6 @@ import common
 import demo
 import revise
 import rollout
-import training
 from demo import share
 from eval import BOOTSTRAP, bootstrap_interval, pass_at_k, wilson_interval
 from verifier import verify
@@ -136,22 +135,16 @@ def step_table(rows: list[dict]) -> str:
 
 # --- soundness and the hull --------------------------------------------------------------------------------------------
 @torch.no_grad()
-def soft_logprob(model, x: torch.Tensor, ids: list[int]) -> float:
-    """Mean log-probability of a token of ids after the input embeddings x (T, D)."""
+def logprobs_after(model, x: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """Log-probability of every token of ids, (C,), after the input embeddings x (T, D)."""
     W, c = model.get_input_embeddings().weight, torch.tensor(ids)
     logits = model(inputs_embeds=torch.cat([x, W[c]])[None], use_cache=False).logits[0, len(x) - 1:-1]  # (C, V)
-    return float(logits.log_softmax(-1).gather(1, c[:, None]).mean())  # denominator: tokens of ids
-
-
-@torch.no_grad()
-def hard_logprob(model, prompt_ids: list[int], ids: list[int]) -> float:
-    """The same after token ids."""
-    return float(training.response_logprobs(model, [{"prompt_ids": prompt_ids, "response_ids": ids}], entropy=False)[0].mean())
+    return logits.log_softmax(-1).gather(1, c[:, None])[:, 0]
 
 
 def trajectories(world, model, tokenizer, base: Records, name: str) -> list[dict]:
-    """Facts of every recovered trajectory of a variant: `sound`; `hard`, the mean log-probability of its continuation after the
-    projected prefix, and `soft` after the soft one (None where that is not stored); `again`, how many of AGAIN
+    """Facts of every recovered trajectory of a variant: `sound`; `hard`, the log-probabilities of its continuation's tokens after
+    the projected prefix, and `soft` after the soft one (None where that is not stored); `again`, how many of AGAIN
     continuations of the projected prefix reach the gold answer; `leaks`, whether the same prompt reached a wrong answer
     when it was steered toward that."""
     W, eos = model.get_input_embeddings().weight.detach(), common.eos_ids(model, tokenizer)
@@ -166,15 +159,15 @@ def trajectories(world, model, tokenizer, base: Records, name: str) -> list[dict
         again = sum(verify(text, r["answer"]) for text in texts)
         found += [{"prompt": (str(base.base), r["id"]), "sound": world.is_sound(r["problem"], c["response"]), "again": again,
                    "leaks": any(x["guide_reward"] for x in permuted[r["id"]]["continuations"]),
-                   "soft": None if E is None else soft_logprob(model, torch.cat([q, E]), c["ids"]),
-                   "hard": hard_logprob(model, hard, c["ids"])} for c in r["continuations"] if c["reward"]]
+                   "soft": None if E is None else logprobs_after(model, torch.cat([q, E]), c["ids"]).tolist(),
+                   "hard": logprobs_after(model, W[torch.tensor(hard)], c["ids"]).tolist()} for c in r["continuations"] if c["reward"]]
     return found
 
 
 FILTERS = {"all recovered": lambda t: True,
            "answer reached again from the projected prefix, 1 of 16": lambda t: t["again"] >= 1,
            "prompt does not reach a wrong answer when steered toward it": lambda t: not t["leaks"],
-           "continuation likely after the projected prefix (> -0.5 nat a token)": lambda t: t["hard"] > -0.5}
+           "continuation likely after the projected prefix (> -0.5 nat a token)": lambda t: mean(t["hard"]) > -0.5}
 
 
 def filter_table(groups: dict[str, list[dict]]) -> str:
@@ -242,6 +235,21 @@ def equal_loss(world, tokenizer, bases: list[Records]) -> str:
         sound = sum(any(world.is_sound(r["problem"], t) for t in ts) for (r, _), ts in zip(pairs, texts))
         lines.append(f"| {name} | {spent} | {share(sum(map(bool, texts)), len(pairs))} | {share(sound, len(pairs))} | "
                      f"{mean([mean([*map(len, c['ids'])]) for _, c in pairs]):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def likelihood_table(groups: dict[str, list[dict]]) -> str:
+    """Does the projected prefix still lead to the continuation? Log-probabilities (nats) of the tokens of recovered
+    continuations: mean over tokens, and mean over trajectories of the least likely one."""
+    lines = ["| variant | trajectories | a token after the soft prefix | the least likely | after its projection | the least likely |",
+             "|---" * 6 + "|"]
+    for name, all_found in groups.items():
+        for label, found in ((name, all_found), (f"{name}, sound", [t for t in all_found if t["sound"]])):
+            cells = []
+            for key in ("soft", "hard"):
+                some = [t[key] for t in found if t[key]]
+                cells += [f"{mean([y for x in some for y in x]):.2f}", f"{mean([min(x) for x in some]):.1f}"] if some else ["-", "-"]
+            lines.append(f"| {label} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -333,11 +341,7 @@ def everything(worlds: dict, bases: dict, groups: dict, arms: list[str], full: t
         text += ["#### By Frank-Wolfe steps (Figure 3)\n", step_table(by_step(world, tokenizer, records, "K 20"))]
         text += ["#### Filters without a reasoning trace\n", filter_table(close)]
         text += ["#### The hull\n", hull_table(found), equal_loss(world, tokenizer, records)]
-        lines = ["| mean log-probability of a token of a recovered continuation | after the soft prefix | after its projection |", "|---" * 3 + "|"]
-        for g, ts in close.items():
-            soft = [t["soft"] for t in ts if t["soft"] is not None]
-            lines.append(f"| {g} | {f'{mean(soft):.2f}' if soft else '-'} | {mean([t['hard'] for t in ts]):.2f} |")
-        text.append("\n".join(lines) + "\n")
+        text.append(likelihood_table(close))
         for folder, of_set in (("hard", arms), ("full", full)):
             if (records[0].base / "train" / folder).exists():
                 on = [a for a in of_set if any((b.base / "train" / folder / slug(a)).exists() for b in records)]

@@ -6,12 +6,14 @@ import shlex
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import demo
 import evidence
 import plot
 import tables
 import toy
+from benches import hours
 from common import UserError, to_line
 from eval import wilson_interval
 
@@ -115,13 +117,19 @@ def test_hull_against_unconstrained_at_equal_loss(base):
 
 
 def test_filters_count_trajectories_and_prompts():
-    found = [{"prompt": "a", "sound": True, "again": 2, "leaks": False, "hard": -0.1},
-             {"prompt": "a", "sound": False, "again": 0, "leaks": False, "hard": -2.0},
-             {"prompt": "b", "sound": False, "again": 0, "leaks": True, "hard": -0.4}]
+    found = [{"prompt": "a", "sound": True, "again": 2, "leaks": False, "hard": [-0.1, -0.1]},
+             {"prompt": "a", "sound": False, "again": 0, "leaks": False, "hard": [-2.0, -2.0]},
+             {"prompt": "b", "sound": False, "again": 0, "leaks": True, "hard": [-0.4, -0.4]}]
     rows = [[c.strip() for c in line.split("|")[3:-1]] for line in tables.filter_table({"x": found}).splitlines()[2:]]
     assert [r[0].split("(")[1] for r in rows] == ["3/3)", "1/3)", "2/3)", "2/3)"]
     assert [r[1].split("(")[1] for r in rows] == ["1/3)", "1/1)", "1/2)", "1/2)"]
     assert [r[2:] for r in rows] == [["2", "1 of 1"], ["1", "1 of 1"], ["1", "1 of 1"], ["2", "1 of 1"]]
+
+
+def test_likelihood_of_continuations():
+    found = [{"sound": True, "soft": [-1.0, -0.5], "hard": [-0.25, -9.0]}, {"sound": False, "soft": None, "hard": [-7.0, -0.75, -1.25]}]
+    lines = tables.likelihood_table({"x": found}).splitlines()[2:]
+    assert lines == ["| x | 2 | -0.75 | -1.0 | -3.65 | -8.0 |", "| x, sound | 1 | -0.75 | -1.0 | -4.62 | -9.0 |"]
 
 
 def train_arm(base, arm: str, folder: str, model: str, hits: list[int], **metrics) -> None:
@@ -201,3 +209,27 @@ def test_plot_draws_from_the_files(base, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib"):
         plot.load(tmp_path)
+
+
+def test_hours_in_the_recipes_are_those_computed():
+    rows = {}
+    for line in (ROOT / "recipes" / "README.md").read_text().split("## GPU-hours, computed")[1].splitlines():
+        cells = [c.strip() for c in line.split("|")[1:-1]]
+        if len(cells) == 3:
+            rows[cells[0].split(",")[0]] = cells[1:]
+    names = {"rollout, N = 32": "rollout", "revise, one attempt a prompt": "revise", "SFT": "SFT", "GRPO N=8": "GRPO N=8",
+             "GRPO N=16": "GRPO N=16", "OPSD": "OPSD", "DAPO, two rounds of sampling": "DAPO",
+             "evaluation of a model": "evaluation of one model"}
+    for column, name in enumerate(hours.QWEN):
+        low, high = hours.hours(name, host=False), hours.hours(name, host=True)
+        for key, row in names.items():
+            written = [float(x.replace("below ", "")) for x in rows[row][column].split(" - ")]
+            computed = [low[key], high[key]][:len(written)]
+            assert written == pytest.approx(computed, abs=0.5 if max(computed) > 20 else 0.11), key
+
+
+def test_hours_of_an_update_are_eight_operations_a_parameter_and_token():
+    root, block = hours.parameters(hours.QWEN["Qwen2.5-1.5B"])
+    seconds = 512 * 8 * 1150 * 8 * (root + 28 * block) / (0.5 * 790e12)
+    sampling = 512 * 8 * 1000 / 512 * (2 * (root + 28 * block) + 512 * 650 * 28 * 2 * 256 * 2) / (0.6 * 4.8e12)
+    assert hours.hours("Qwen2.5-1.5B", host=False)["GRPO N=8"] == pytest.approx(100 * (seconds + sampling) / 3600, abs=0.05)
