@@ -57,6 +57,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
 import common
 import eval as evaluation
 import revise
@@ -351,7 +352,7 @@ def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data),
                            eval_data_digest=common.file_digest(args.eval_data) if args.eval_data else None)
-    if training.trained(out, args.steps):
+    if checkpoints.trained(out, args.steps):
         if common.rank() == 0:
             print(f"{out / 'model'} is trained already")
         return
@@ -368,8 +369,8 @@ def main(args: argparse.Namespace) -> None:
     reference = training.load_model(args, device)[0] if args.kl_coef or args.algo == "opsd" else None
     actor = training.load_actor(model, args, device)
     optimizer = training.make_optimizer(model, args)
-    state = {"cursor": 0} | training.load_checkpoint(out, model, optimizer)
-    training.check_steps(args.steps, state)
+    state = {"cursor": 0} | checkpoints.load(out, model, optimizer)
+    checkpoints.check_steps(args.steps, state)
     log = training.open_logs(out, args, state["step"])
     done, silent = evaluated(out, state["step"]), 0
 
@@ -428,8 +429,8 @@ def main(args: argparse.Namespace) -> None:
                           "learned. Look at samples.jsonl: does the model answer in the format that --verifier wants, are "
                           "responses cut off (truncated; --max-new-tokens), is --data too hard or too easy (--revise)?")
         if args.save_every and step % args.save_every == 0 and step < args.steps:
-            training.save_checkpoint(out, step, model, tokenizer, optimizer, {"cursor": state["cursor"]})
-    training.finish(out, model, tokenizer)
+            checkpoints.save(out, step, model, tokenizer, optimizer, {"cursor": state["cursor"]})
+    checkpoints.finish(out, model, tokenizer)
     if common.rank() == 0:
         print(f"{args.steps} steps; model in {out / 'model'}")
 

@@ -19,6 +19,7 @@ import time
 
 from tqdm import tqdm
 
+import checkpoints
 import common
 import rollout
 import training
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--mix-ratio {args.mix_ratio} is out of range")
     device = common.pick_device(args)
     out = common.start_run(args.out, args, training.FREE, data_digest=[common.file_digest(p) for p in args.data + args.mix])
-    if training.trained(out, args.steps):
+    if checkpoints.trained(out, args.steps):
         if common.rank() == 0:
             print(f"{out / 'model'} is trained already")
         return
@@ -101,8 +102,8 @@ def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.data, model, tokenizer, args)
     mixed = [r | {"mixed": True} for r in read_rows(args.mix, model, tokenizer, args)] if args.mix else []
     optimizer = training.make_optimizer(model, args)
-    state = training.load_checkpoint(out, model, optimizer)
-    training.check_steps(args.steps, state)
+    state = checkpoints.load(out, model, optimizer)
+    checkpoints.check_steps(args.steps, state)
     log = training.open_logs(out, args, state["step"])
     for step in tqdm(range(state["step"] + 1, args.steps + 1), desc="sft", unit="step", initial=state["step"],
                      total=args.steps, disable=common.rank() > 0):
@@ -127,8 +128,8 @@ def main(args: argparse.Namespace) -> None:
              "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": round(tokens / seconds, 1),
              "memory_gb": training.peak_memory(device), "seconds": round(seconds, 3)})
         if args.save_every and step % args.save_every == 0 and step < args.steps:
-            training.save_checkpoint(out, step, model, tokenizer, optimizer, {})
-    training.finish(out, model, tokenizer)
+            checkpoints.save(out, step, model, tokenizer, optimizer, {})
+    checkpoints.finish(out, model, tokenizer)
     if common.rank() == 0:
         print(f"{len(rows) + len(mixed)} trajectories, {args.steps} steps; model in {out / 'model'}")
 

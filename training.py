@@ -1,28 +1,23 @@
-"""What the two trainers share: sharding, micro-batches, log-probabilities with a chunked head, the step, checkpoints.
+"""What the two trainers share: sharding, micro-batches, log-probabilities with a chunked head, the step, logs.
 
 Losses are sums over response tokens divided by the number of response tokens of the whole optimizer step: all
 micro-batches and all processes, counted before the first forward. So neither changes a gradient.
 
 Sharded (--shard), every process holds 1/W of each parameter, gradient and moment, and gathers one block at a time. Then
 each forward and backward is a collective: all processes run the same number of them (`plan`), inside the hooks of FSDP2
-(`gathered`). Checkpoints hold whole tensors, so they load into any number of processes, sharded or not.
+(`gathered`).
 """
 import argparse
 import functools
 import importlib
-import json
 import math
-import os
 import resource
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -38,7 +33,6 @@ from common import UserError
 # Rows whose logits exist at a time: 156 MB in float32 at 152k ids, a few copies of it in the backward. In bfloat16 the
 # head's gradient is summed over chunks in bfloat16: 0.7 % of its norm off with 32 chunks, 0.2 % with one (measured)
 HEAD_ROWS = 256
-FILE_BYTES = 4 * 2**30  # of a checkpoint's files, unless a single tensor is larger
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------
@@ -231,7 +225,7 @@ def apply_gradients(model, optimizer, grad_clip: float) -> float:
     return float(norm)
 
 
-# --- data order and checkpoints --------------------------------------------------------------------------------------
+# --- data order ------------------------------------------------------------------------------------------------------
 def draw_rows(count: int, start: int, size: int, seed: int) -> list[int]:
     """Entries start..start+size-1 of the endless sequence of one permutation of range(count) per epoch."""
     perms = {}
@@ -239,138 +233,6 @@ def draw_rows(count: int, start: int, size: int, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(rollout.row_key(seed, "epoch", epoch))
         perms[epoch] = torch.randperm(count, generator=generator).tolist()
     return [perms[i // count][i % count] for i in range(start, start + size)]
-
-
-def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, state: dict, keep: int = 2) -> None:
-    """OUT/checkpoint-STEP: model, optimizer and state as safetensors and JSON, written aside and renamed."""
-    folder, aside = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
-    save_model(aside, model, tokenizer)
-    part, files = {}, 0
-    for name, p in model.named_parameters():
-        for key, value in optimizer.state[p].items():
-            value = whole(value).cpu()  # every process takes part, one keeps it
-            if common.rank() == 0:
-                if part and sum(t.nbytes for t in part.values()) + value.nbytes > FILE_BYTES:
-                    save_file(part, aside / f"optimizer-{files:05d}.safetensors")
-                    part, files = {}, files + 1
-                part[f"{name}.{key}"] = value.contiguous()
-    if common.rank() == 0:
-        save_file(part, aside / f"optimizer-{files:05d}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state | {"step": step}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        for old in sorted(out.glob("checkpoint-*"))[:-keep]:
-            shutil.rmtree(old)
-    common.barrier()
-
-
-def check_whole(folder: Path) -> None:
-    """Raises UserError for a checkpoint that lacks a file or has a cut one. A kill leaves none: it is renamed when whole."""
-    try:
-        json.loads((folder / "state.json").read_text())["step"]
-        for kind in ("model", "optimizer"):
-            paths = list(folder.glob(f"{kind}*.safetensors"))
-            for path in paths or [folder / f"{kind}.safetensors"]:
-                safe_open(path, "pt").keys()  # compares the size of the file with its header
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise UserError(f"{folder}: damaged ({e}); remove it, and the run continues from the one before") from None
-
-
-def read_tensors(paths: list[Path], fill: dict[str, Tensor]) -> set[str]:
-    """Fill tensors by name from safetensors files, of each no more than the rows that this process holds: those that
-    torch.chunk gives it. Returns the names that the files have."""
-    names = set()
-    for path in paths:
-        with safe_open(path, "pt") as f:
-            names.update(f.keys())
-            for name in fill.keys() & set(f.keys()):
-                here = fill[name].to_local() if isinstance(fill[name], DTensor) else fill[name]
-                if here is fill[name]:
-                    here.copy_(f.get_tensor(name))
-                elif len(here):  # with more processes than rows some have none
-                    start = common.rank() * -(-len(fill[name]) // common.world_size())  # rounded up: rows per process
-                    here.copy_(f.get_slice(name)[start:start + len(here)])
-    return names
-
-
-@torch.no_grad()
-def load_checkpoint(out: Path, model, optimizer) -> dict:
-    """Restore the last whole checkpoint into model and optimizer and cut metrics.jsonl back to it. {} if there is none."""
-    folders = sorted(out.glob("checkpoint-*"))
-    state = {"step": 0}
-    if folders:
-        check_whole(folders[-1])
-        params = dict(model.named_parameters())
-        saved = read_tensors(sorted(folders[-1].glob("model*.safetensors")), params)
-        if saved != params.keys():
-            raise UserError(f"{folders[-1]}: does not fit --model (missing {sorted(params.keys() - saved)[:3]}, "
-                            f"unexpected {sorted(saved - params.keys())[:3]})")
-        full = optimizer.state_dict()
-        full["state"] = {i: {"step": torch.tensor(0.0)} | {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-                         for i, p in enumerate(params.values())}
-        moments = {f"{name}.{key}": t for name, s in zip(params, full["state"].values()) for key, t in s.items()}
-        saved = read_tensors(sorted(folders[-1].glob("optimizer*.safetensors")), moments)
-        if saved and saved != moments.keys():  # none: no step has been taken
-            raise UserError(f"{folders[-1]}: damaged (no {sorted(moments.keys() - saved)[:1]}); remove it, and the run continues "
-                            "from the one before")
-        optimizer.load_state_dict(full)  # which moves what belongs on the device
-        state = json.loads((folders[-1] / "state.json").read_text())
-    if common.rank() == 0:
-        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
-            if (out / name).exists():
-                rows = [r for r in common.read_jsonl(out / name, drop_torn=True) if r["step"] <= state["step"]]
-                common.write_atomic(out / name, "".join(map(common.to_line, rows)))
-    common.barrier()
-    return state
-
-
-def save_model(folder: Path, model, tokenizer) -> None:
-    """Rank 0 gathers the weights, a parameter at a time, and writes a folder that from_pretrained loads."""
-    weights = {}
-    for name, p in model.named_parameters():
-        value = whole(p.detach()).cpu()
-        if common.rank() == 0:
-            weights[name] = value
-    if common.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder, state_dict=weights, max_shard_size=FILE_BYTES)
-        tokenizer.save_pretrained(folder)
-
-
-def finish(out: Path, model, tokenizer) -> None:
-    """OUT/model, written aside and renamed."""
-    save_model(out / "model.tmp", model, tokenizer)
-    if common.rank() == 0:
-        os.replace(out / "model.tmp", out / "model")
-        remove_checkpoints(out)
-    common.barrier()
-
-
-def remove_checkpoints(out: Path) -> None:
-    for folder in out.glob("checkpoint*"):
-        shutil.rmtree(folder)
-
-
-def trained(out: Path, steps: int) -> bool:
-    """Whether OUT/model is there; if so its checkpoints, which a kill may have left behind, are removed.
-
-    Raises UserError if more steps than it has are asked for: without a checkpoint there is nothing to go on from.
-    """
-    if not (out / "model").exists():
-        return False
-    last = common.read_jsonl(out / "metrics.jsonl")[-1]["step"]
-    if steps > last:
-        raise UserError(f"--steps {steps}: {out / 'model'} was finished after {last} steps and its optimizer state is gone; "
-                        "start a new run with it as --model")
-    if common.rank() == 0:
-        remove_checkpoints(out)
-    return True
-
-
-def check_steps(steps: int, state: dict) -> None:
-    """Raises UserError where a checkpoint is beyond --steps already."""
-    if state["step"] > steps:
-        raise UserError(f"--steps {steps}: the run in --out has a checkpoint of step {state['step']} already")
 
 
 # --- what a run reports ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from test_train import (
 )
 from transformers import AutoModelForCausalLM
 
+import checkpoints
 import common
 import train_sft
 import training
@@ -263,20 +264,20 @@ def test_killed_and_continued_on_other_processes_gives_the_same_losses(tmp_path,
 
 def step_and_save(out, model_dir, shard, resume):
     """Two steps, of which the first is read from the checkpoint that another run left where resume says so."""
-    training.FILE_BYTES = 20_000
+    checkpoints.FILE_BYTES = 20_000
     args = sft_args(model_dir, "d", out, "--shard", shard, "--lr", "0.01")
     args.dtype = "float32"
     model, tokenizer, _ = training.load_model(args, torch.device("cpu"), train=True)
     optimizer = training.make_optimizer(model, args)
     if resume:
-        assert training.load_checkpoint(out, model, optimizer) == {"step": 1, "note": "x"}
+        assert checkpoints.load(out, model, optimizer) == {"step": 1, "note": "x"}
     for step in range(2 if resume else 1, 3):
         for indices in training.plan(make_rows(SIZES)[common.rank()::common.world_size()], 30):
             rows = make_rows(SIZES)[common.rank()::common.world_size()]
             training.response_logprobs(model, [rows[i] for i in indices])[0].sum().backward()
         training.apply_gradients(model, optimizer, 1.0)
         if not resume:
-            training.save_checkpoint(out, step, model, tokenizer, optimizer, {"note": "x"}, keep=2)
+            checkpoints.save(out, step, model, tokenizer, optimizer, {"note": "x"}, keep=2)
     weights = whole_weights(model)
     if common.rank() == 0:
         save_file({k: v for k, v in weights.items()}, out / f"{resume}.safetensors")

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, child, finish, launch, read, run, tiny_model, tiny_tokenizer, without_seconds, write_problems
 from test_inputs import READERS, SAMPLERS, STAGES, Desk, desk  # noqa: F401 (a fixture)
 
+import checkpoints
 import common
 import revise
 import show
@@ -159,7 +160,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world
             path.write_bytes(data[:size])
         before = files(tmp_path / "o")
         with pytest.raises(common.UserError, match=r"checkpoint-000004: damaged .*remove it"):
-            training.load_checkpoint(tmp_path / "o", tiny_model("qwen2"), None)
+            checkpoints.load(tmp_path / "o", tiny_model("qwen2"), None)
         if kind == "a cut model":
             codes, errors = world.run("train_sft", tmp_path / "o")
             assert codes == [2] and re.match(r"train_sft\.py: error: .*checkpoint-000004: damaged", last_line(errors[0]))
@@ -182,7 +183,7 @@ class Trap:
 
 def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
     model = tiny_model("qwen2")
-    training.save_checkpoint(tmp_path, 2, model, tiny_tokenizer(), training.make_optimizer(
+    checkpoints.save(tmp_path, 2, model, tiny_tokenizer(), training.make_optimizer(
         model, type("", (), {"lr": 0.1, "weight_decay": 0})), {})
     folder = tmp_path / "checkpoint-000002"
     for name, pickled in [("model.safetensors", "pytorch_model.bin"), ("optimizer-00000.safetensors", "optimizer.pt")]:
@@ -191,7 +192,7 @@ def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
             (folder / name).unlink()
             torch.save(Trap(tmp_path / "sprung"), folder / place)
             with pytest.raises(common.UserError, match="damaged"):
-                training.load_checkpoint(tmp_path, model, None)
+                checkpoints.load(tmp_path, model, None)
             (folder / place).unlink()
             (folder / name).write_bytes(safe)
     assert not (tmp_path / "sprung").exists()

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import checkpoints
 import common
 import rollout
 import train_grpo
@@ -555,10 +556,10 @@ def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_p
     for _ in range(2):
         training.response_logprobs(model, rows)[0].sum().backward()
         training.apply_gradients(model, optimizer, 1.0)
-    training.save_checkpoint(tmp_path, 2, model, tiny_tokenizer(), optimizer, {"cursor": 7})
+    checkpoints.save(tmp_path, 2, model, tiny_tokenizer(), optimizer, {"cursor": 7})
     other = tiny_model("qwen3", tied=False, seed=9)
     fresh = training.make_optimizer(other, args)
-    assert training.load_checkpoint(tmp_path, other, fresh) == {"step": 2, "cursor": 7}
+    assert checkpoints.load(tmp_path, other, fresh) == {"step": 2, "cursor": 7}
     for m, o in ((model, optimizer), (other, fresh)):
         training.response_logprobs(m, rows)[0].sum().backward()
         training.apply_gradients(m, o, 1.0)
