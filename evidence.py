@@ -10,6 +10,7 @@ Base models: of seed 0 those that ship with the repository; others are trained f
 model's seed. The stage scripts make all numbers; tables.py counts, plot.py draws, and this file says what is run.
 """
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from demo import LENGTH, PROBLEMS
 
 WORLDS = {"toy": toy, "toy_words": toy_words}
 # hard: problems; test: held-out problems of a set; attempts: failed rollouts revised per prompt, for the training data
-FULL = {"hard": 180, "test": 60, "attempts": 3, "steps": 16, "batch": 16, "continuations": 8}
-QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "batch": 2, "continuations": 2}
+FULL = {"hard": 180, "test": 60, "attempts": 3, "steps": 16, "long": 40, "batch": 16, "continuations": 8}
+QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "long": 3, "batch": 2, "continuations": 2}
 
 # name -> flags of revise.py. The first is the paper's method at its defaults; all others differ from it by their flags alone
 RECOVERY = {
@@ -70,6 +71,7 @@ HARD = {
     "GRPO+LatentRevise": "--revise --template '{template}' --batch-tokens 4096",
     "GRPO+LatentRevise, likely only": "--revise --template '{template}' --batch-tokens 4096 " + LIKELY}
 TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
+LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --long: on the zero-hit prompts, more steps
 SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD")]  # of the second world, for want of time
 
 
@@ -100,7 +102,7 @@ def recover(world, base: Path, model: str, seed: int, size: dict) -> None:
     demo.run(base, command("fresh sampling, equal compute", equal, samples))
 
 
-def train(world, base: Path, model: str, seed: int, size: dict, lr: str = "3e-4") -> None:
+def train(world, base: Path, model: str, seed: int, size: dict, long: bool, lr: str = "3e-4") -> None:
     """Every training arm from a base model, into BASE/train/SET, and pass@k of all models on held-out easy and hard problems."""
     problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
     sound = [r for r in common.read_jsonl(base / "revise" / "latentrevise" / "recovered.jsonl")
@@ -110,22 +112,23 @@ def train(world, base: Path, model: str, seed: int, size: dict, lr: str = "3e-4"
     zero = base / "rollouts" / "zero_hit.jsonl"
     demo.run(base, f"rollout.py --model {model} --data {zero} -n {fresh} --seed {seed + 1000} {PROBLEMS} --out "
                    f"{base}/rft-samples", processes=2)
-    common_flags = f"--model {model} --steps {size['steps']} --lr {lr} --micro-batch-tokens 8192 --seed {seed}"
-    grpo = f"train_grpo.py {common_flags} {PROBLEMS} --batch-prompts {size['batch']} --sample-every 1 --sample-groups 0"
 
-    def commands(arms: list[str], data: Path, folder: str) -> dict[str, str]:
-        found = {}
+    def commands(arms: list[str], data: Path, folder: str, steps: int = size["steps"]) -> dict[str, str]:
+        shared, found = f"--model {model} --steps {steps} --lr {lr} --micro-batch-tokens 8192 --seed {seed}", {}
+        grpo = f"train_grpo.py {shared} {PROBLEMS} --batch-prompts {size['batch']} --sample-every 1 --sample-groups 0"
         for arm in arms:
             flags, out = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
             if not flags.endswith(".jsonl"):
                 found[arm] = f"{grpo} --data {data} {flags} {out}"
             elif any(r["reward"] for r in common.read_jsonl(base / flags)):  # otherwise there is nothing to learn from
-                found[arm] = f"train_sft.py {common_flags} --batch-size 64 --data {base}/{flags} {out}"
+                found[arm] = f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {out}"
         return found
 
     runs = {"hard": commands(list(HARD) if world is toy else SECOND, zero, "hard")}
     if world is toy:
         runs["full"] = commands(TABLE_2, base / "data" / "train.jsonl", "full")
+    if world is toy and long:
+        runs["long"] = commands(LONG, zero, "long", size["long"])
     demo.run(base, *[command for arms in runs.values() for command in arms.values()])
     for folder, arms in runs.items():
         models = " ".join([*[model] * (folder == "hard"), *(f"{base}/train/{folder}/{tables.slug(arm)}/model" for arm in arms)])
@@ -139,6 +142,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[ours] base models of each world")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
+    parser.add_argument("--long", action="store_true", help="[ours] also train for 40 steps in the first world: 15 minutes more")
     parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is there")
     parser.add_argument("--write", action="store_true", help="[ours] also rewrite the tables of RESULTS.md and the figures of docs/")
     return parser.parse_args(argv)
@@ -155,11 +159,11 @@ def main(args: argparse.Namespace) -> None:
         if not args.tables:
             demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
                             if s and not (demo.ROOT / path / "run.json").exists()])
-        for stage in () if args.tables else (prepare, recover, train):
+        for stage in () if args.tables else (prepare, recover, functools.partial(train, long=args.long)):
             for seed, model in models.items():
                 stage(world, out / f"base{seed}", model, seed, size)
         bases[name] = {seed: (out / f"base{seed}", model) for seed, model in models.items()}
-    text = tables.everything(WORLDS, bases, RECOVERY, list(HARD), TABLE_2)
+    text = tables.everything(WORLDS, bases, RECOVERY, {"hard": list(HARD), "full": TABLE_2, "long": LONG})
     common.write_atomic(root / "tables.md", text)
     for folder in [root, demo.ROOT / "docs"] if args.write else [root]:
         plot.main(plot.get_args(["--evidence", str(root), "--out", str(folder)]))

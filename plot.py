@@ -70,7 +70,7 @@ def variants(plt, worlds: dict, out: Path) -> None:
 def curves(plt, runs: dict[str, list[Path]], out: Path) -> None:
     """Learning curves: reward of the policy's own samples and rescued groups, mean over base models."""
     sets = {f"{name}.py, {folder} set": [base / "train" / folder for base in bases] for name, bases in runs.items()
-            for folder in ("hard", "full") if (bases[0] / "train" / folder).exists()}
+            for folder in tables.SETS if (bases[0] / "train" / folder).exists()}
     fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), layout="constrained", squeeze=False, sharex=True)
     for column, (title, folders) in zip(axes.T, sets.items()):
         for arm, style in ARMS.items():

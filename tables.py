@@ -21,6 +21,8 @@ from eval import BOOTSTRAP, bootstrap_interval, pass_at_k, wilson_interval
 from verifier import verify
 
 GROUPS = ("LatentRevise", "no Frank-Wolfe (Adam, lr 0.01)", "gamma0 0.3")  # variants whose trajectories are looked at closely
+SETS = {"hard": "Trained on the zero-hit prompts", "full": "Trained on the full set",
+        "long": "Trained on the zero-hit prompts for 40 steps (`--long`)"}
 AGAIN = 16  # samples from the projected prefix
 
 
@@ -342,11 +344,10 @@ def everything(worlds: dict, bases: dict, groups: dict, arms: list[str], full: t
         text += ["#### Filters without a reasoning trace\n", filter_table(close)]
         text += ["#### The hull\n", hull_table(found), equal_loss(world, tokenizer, records)]
         text.append(likelihood_table(close))
-        for folder, of_set in (("hard", arms), ("full", full)):
-            if (records[0].base / "train" / folder).exists():
-                on = [a for a in of_set if any((b.base / "train" / folder / slug(a)).exists() for b in records)]
-                text += [f"#### Trained on the {'zero-hit prompts' if folder == 'hard' else 'full set'}\n",
-                         training_table([b.base for b in records], on, folder),
+        for folder, title in SETS.items():
+            on = [a for a in arms[folder] if any((b.base / "train" / folder / slug(a)).exists() for b in records)]
+            if on:
+                text += [f"#### {title}\n", training_table([b.base for b in records], on, folder),
                          signal_table(world, records, [a for a in on if "GRPO" in a], folder)]
     return "\n".join(text)
 

@@ -1,5 +1,6 @@
 """evidence.py, tables.py and plot.py, on a small folder written by hand, so that every number is known."""
 import argparse
+import functools
 import importlib
 import json
 import shlex
@@ -170,7 +171,7 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     commands = []
     monkeypatch.setattr(demo, "run", lambda out, *found, processes=1: commands.extend(found))
     write(base / "rft-samples" / "rollouts.jsonl", [{"id": "hard-0", "reward": 1}])
-    for stage in (evidence.prepare, evidence.recover, evidence.train):
+    for stage in (evidence.prepare, evidence.recover, functools.partial(evidence.train, long=True)):
         stage(toy, base, "toy_model", 0, evidence.FULL)
     assert len(commands) > 40
     parsed = []
