@@ -326,8 +326,8 @@ def signal_table(world, bases: list[Records], arms: list[str], folder: str) -> s
 
 
 # --- all of it ---------------------------------------------------------------------------------------------------------
-def everything(worlds: dict, bases: dict, groups: dict, arms: list[str], full: tuple[str, ...]) -> str:
-    """bases: {world: {seed: (folder, model)}}."""
+def everything(worlds: dict, bases: dict, groups: dict, arms: dict) -> str:
+    """bases: {world: {seed: (folder, model)}}; groups: names of variants; arms: {set: names}."""
     text = []
     for name, of in bases.items():
         world, records = worlds[name], [Records(base) for base, _ in of.values()]
