@@ -230,13 +230,15 @@ def equal_loss(world, tokenizer, bases: list[Records]) -> str:
                 hull.append((r, r["curve"]["10"]))
                 free.append((r, adam[r["id"]]["curve"][str(step)]))
                 steps.append(step)
-    lines = ["| at equal loss | steps | recovered | soundly | continuation (tokens) |", "|---" * 5 + "|"]
+    lines, found = ["| at equal loss | steps | recovered | soundly | continuation (tokens) |", "|---" * 5 + "|"], []
     for name, pairs, spent in (("Frank-Wolfe", hull, "10"), ("Adam", free, f"{mean(steps):.1f}")):
         texts = [[tokenizer.decode(r["prefix_ids"] + ids, skip_special_tokens=True) for ids, x in zip(c["ids"], c["rewards"]) if x]
                  for r, c in pairs]
-        sound = sum(any(world.is_sound(r["problem"], t) for t in ts) for (r, _), ts in zip(pairs, texts))
-        lines.append(f"| {name} | {spent} | {share(sum(map(bool, texts)), len(pairs))} | {share(sound, len(pairs))} | "
-                     f"{mean([mean([*map(len, c['ids'])]) for _, c in pairs]):.1f} |")
+        found.append([[bool(ts), any(world.is_sound(r["problem"], t) for t in ts)] for (r, _), ts in zip(pairs, texts)])
+        recovered, sound = (share(sum(x[k] for x in found[-1]), len(pairs)) for k in (0, 1))
+        lines.append(f"| {name} | {spent} | {recovered} | {sound} | {mean([mean([*map(len, c['ids'])]) for _, c in pairs]):.1f} |")
+    alone = [[sum(x[k] and not y[k] for x, y in zip(*pair)) for pair in (found, found[::-1])] for k in (0, 1)]
+    lines.append(f"\nPrompts recovered by one alone: Frank-Wolfe {alone[0][0]}, Adam {alone[0][1]}; soundly: {alone[1][0]} and {alone[1][1]}.")
     return "\n".join(lines) + "\n"
 
 
