@@ -1,4 +1,4 @@
-"""What the method does, measured with the controls that the paper lacks: makes every table and figure of RESULTS.md from seeds.
+"""What the method does, measured with the controls that the paper lacks: makes the tables and figures of RESULTS.md.
 
     python evidence.py                  everything, on both toy worlds; cached, so it continues where it was stopped
     python evidence.py --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
@@ -6,8 +6,8 @@
     python evidence.py --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
     python evidence.py --quick          a small run of the same code, not for reading
 
-Base models: of seed 0 those that ship with the repository; others are trained first. Problems and every draw are of the base
-model's seed. The stage scripts make all numbers; tables.py counts, plot.py draws, and this file says what is run.
+Base models: of seed 0 those that ship with the repository; others are trained first. Problems and every draw are of the
+base model's seed. The stage scripts make all numbers; tables.py counts, plot.py draws, and this file says what is run.
 """
 import argparse
 import functools
@@ -27,12 +27,12 @@ WORLDS = {"toy": toy, "toy_words": toy_words}
 FULL = {"hard": 180, "test": 60, "attempts": 3, "steps": 16, "long": 40, "batch": 16, "continuations": 8}
 QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "long": 3, "batch": 2, "continuations": 2}
 
-# name -> flags of revise.py. The first is the paper's method at its defaults; all others differ from it by their flags alone
+# name -> flags of revise.py. The first is the paper's method at its defaults; all others differ by their flags alone
 RECOVERY = {
     "Controls": {
         "LatentRevise": "--attempts {attempts}",  # the tables take the first; training takes all
         "fresh sampling": "--from scratch",
-        "fresh sampling, equal compute": "--from scratch",  # and as many continuations as the first one's tokens pay for
+        "fresh sampling, equal compute": "--from scratch",  # as many as the first one's tokens pay for
         "hard prefix": "--from hard-prefix",
         "random vertices": "--vertices random",
         "permuted gold": "--gold permuted"},
@@ -57,7 +57,7 @@ RECOVERY = {
         "cut by surprise": "--rho-rule surprise",
         "likely only": "--min-logprob -0.5 --attempts {attempts}"}}
 
-# arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's own
+# arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's
 LIKELY = "--min-logprob -0.5"
 HARD = {
     "RFT": "rft-samples/rollouts.jsonl",
@@ -71,15 +71,15 @@ HARD = {
     "GRPO+LatentRevise": "--revise --template '{template}' --batch-tokens 4096",
     "GRPO+LatentRevise, likely only": "--revise --template '{template}' --batch-tokens 4096 " + LIKELY}
 TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
-LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --long: on the zero-hit prompts, more steps
+LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --long: more steps
 SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD")]  # of the second world, for want of time
 
 
 def prepare(world, base: Path, model: str, seed: int, size: dict) -> None:
     """The problems of a base model, and its rollouts on the hard ones."""
     demo.run(base, f"{world.__name__}.py data --out {base}/data --seed {seed}")
-    demo.run(base, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {size['hard']} -n 32 --seed {seed} "
-                   f"{PROBLEMS} --out {base}/rollouts", processes=2)
+    demo.run(base, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {size['hard']} -n 32 "
+                   f"--seed {seed} {PROBLEMS} --out {base}/rollouts", processes=2)
 
 
 def recover(world, base: Path, model: str, seed: int, size: dict) -> None:
@@ -98,17 +98,18 @@ def recover(world, base: Path, model: str, seed: int, size: dict) -> None:
     records = tables.Records(base)
     ours, fresh = (records.variant(name) for name in ("LatentRevise", "fresh sampling"))
     each = sum(len(c["ids"]) for r in fresh for c in r["continuations"]) / (size["continuations"] * len(fresh))
-    samples = round(sum(map(tables.cost, ours)) / len(ours) / each)  # denominators: failed rollouts; tokens of a fresh sample
+    # denominators: failed rollouts; tokens of a fresh sample
+    samples = round(sum(map(tables.cost, ours)) / len(ours) / each)
     demo.run(base, command("fresh sampling, equal compute", equal, samples))
 
 
 def train(world, base: Path, model: str, seed: int, size: dict, long: bool, lr: str = "3e-4") -> None:
-    """Every training arm from a base model, into BASE/train/SET, and pass@k of all models on held-out easy and hard problems."""
+    """Every training arm from a base model, into BASE/train/SET, and pass@k of all on held-out problems."""
     problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
     sound = [r for r in common.read_jsonl(base / "revise" / "latentrevise" / "recovered.jsonl")
              if world.is_sound(problems[r["id"]], r["response"])]
     common.write_atomic(base / "recovered-sound.jsonl", "".join(map(common.to_line, sound)))
-    fresh = size["continuations"] * size["attempts"]  # rejection sampling: as many samples as the revision had continuations
+    fresh = size["continuations"] * size["attempts"]  # as many for rejection sampling as for revision
     zero = base / "rollouts" / "zero_hit.jsonl"
     demo.run(base, f"rollout.py --model {model} --data {zero} -n {fresh} --seed {seed + 1000} {PROBLEMS} --out "
                    f"{base}/rft-samples", processes=2)
@@ -131,20 +132,22 @@ def train(world, base: Path, model: str, seed: int, size: dict, long: bool, lr: 
         runs["long"] = commands(LONG, zero, "long", size["long"])
     demo.run(base, *[command for arms in runs.values() for command in arms.values()])
     for folder, arms in runs.items():
-        models = " ".join([*[model] * (folder == "hard"), *(f"{base}/train/{folder}/{tables.slug(arm)}/model" for arm in arms)])
-        demo.run(base, f"eval.py --model {models} --data {base}/data/test_hard.jsonl {base}/data/test_easy.jsonl --limit "
-                       f"{size['test']} -n 32 --k 1 32 --seed {seed} {PROBLEMS} --out {base}/eval/{folder}", processes=2)
+        models = [f"{base}/train/{folder}/{tables.slug(arm)}/model" for arm in arms]
+        models = " ".join([model, *models] if folder == "hard" else models)
+        demo.run(base, f"eval.py --model {models} --data {base}/data/test_hard.jsonl {base}/data/test_easy.jsonl "
+                       f"--limit {size['test']} -n 32 --k 1 32 --seed {seed} {PROBLEMS} --out {base}/eval/{folder}",
+                 processes=2)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="[ours] one base model and 16 prompts: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="[ours] one base model, 16 prompts: to see that it runs")
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[ours] base models of each world")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
-    parser.add_argument("--long", action="store_true", help="[ours] also train for 40 steps in the first world: 15 minutes more")
+    parser.add_argument("--long", action="store_true", help="[ours] also train for 40 steps in the first world")
     parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is there")
-    parser.add_argument("--write", action="store_true", help="[ours] also rewrite the tables of RESULTS.md and the figures of docs/")
+    parser.add_argument("--write", action="store_true", help="[ours] also into RESULTS.md and docs/")
     return parser.parse_args(argv)
 
 

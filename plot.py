@@ -1,4 +1,6 @@
-"""The figures of RESULTS.md, from the JSONL files of evidence.py. Readable without colour. Needs matplotlib (requirements-dev.txt).
+"""The figures of RESULTS.md, from the JSONL files of evidence.py, readable without colour.
+
+Needs matplotlib (requirements-dev.txt).
 
     python plot.py --evidence out/evidence --out docs
 """
@@ -13,10 +15,11 @@ import toy
 from eval import wilson_interval
 
 WIDTH = 4.6  # inches, of one panel
-ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-.", "GRPO+LatentRevise, likely only": (0, (1, 4))}
-VARIANTS = ("LatentRevise", "permuted gold", "random vertices", "hard prefix", "fresh sampling", "fresh sampling, equal compute",
-            "no Frank-Wolfe (Adam, lr 0.01)", "no L_guide", "no L_explore", "no L_NLL", "rho 0.5", "rho 0.2", "K 5", "K 20",
-            "gamma0 0.3", "backtracking, K 5", "likely only")
+ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-.",
+        "GRPO+LatentRevise, likely only": (0, (1, 4))}
+VARIANTS = ("LatentRevise", "permuted gold", "random vertices", "hard prefix", "fresh sampling",
+            "fresh sampling, equal compute", tables.ADAM, "no L_guide", "no L_explore", "no L_NLL", "rho 0.5",
+            "rho 0.2", "K 5", "K 20", "gamma0 0.3", "backtracking, K 5", "likely only")
 
 
 def load(out: Path):
@@ -43,23 +46,26 @@ def steps(plt, worlds: dict, out: Path) -> None:
         length = axis.twinx()
         length.plot(at, [r["length"] for r in rows], "k^:", markersize=4, label="continuation")
         length.set_ylabel("mean continuation (tokens)")
-        axis.legend(*[a + b for a, b in zip(axis.get_legend_handles_labels(), length.get_legend_handles_labels())], fontsize=8)
+        legends = axis.get_legend_handles_labels(), length.get_legend_handles_labels()
+        axis.legend(*[a + b for a, b in zip(*legends)], fontsize=8)
     fig.savefig(out / "evidence-steps.png", dpi=120)
 
 
 def variants(plt, worlds: dict, out: Path) -> None:
     """Recovered and soundly recovered of every ablation and control, with intervals."""
-    fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 4.6), layout="constrained", squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 4.6), layout="constrained", squeeze=False,
+                             sharey=True)
     for axis, (name, (world, _, records)) in zip(axes[0], worlds.items()):
         for y, variant in enumerate(reversed(VARIANTS)):
             found = [r for b in records for r in b.variant(variant)]
             right = [[c["response"] for c in r["continuations"] if c["reward"]] for r in found]
             sound = sum(any(world.is_sound(r["problem"], t) for t in ts) for r, ts in zip(found, right))
-            for k, style, shift in ((sum(map(bool, right)), "ko", 0.15), (sound, "ks", -0.15)):
+            for label, k, style, fill, shift in (("recovered", sum(map(bool, right)), "ko", "k", 0.15),
+                                                 ("soundly recovered", sound, "ks", "w", -0.15)):
                 low, high = wilson_interval(k, len(found))
                 axis.plot([100 * low, 100 * high], [y + shift] * 2, "k-", linewidth=0.8)
-                axis.plot(100 * k / len(found), y + shift, style, markersize=4, markerfacecolor="k" if style == "ko" else "w",
-                          label=None if y else ("recovered" if style == "ko" else "soundly recovered"))
+                axis.plot(100 * k / len(found), y + shift, style, markersize=4, markerfacecolor=fill,
+                          label=None if y else label)
         axis.set(xlabel="percent of zero-hit prompts, 95 % interval", title=f"{name}.py", xlim=(0, None))
         axis.set_yticks(range(len(VARIANTS)), reversed(VARIANTS), fontsize=8)
         axis.grid(axis="y", linewidth=0.3)
@@ -71,14 +77,16 @@ def curves(plt, runs: dict[str, list[Path]], out: Path) -> None:
     """Learning curves: reward of the policy's own samples and rescued groups, mean over base models."""
     sets = {f"{name}.py, {folder} set": [base / "train" / folder for base in bases] for name, bases in runs.items()
             for folder in tables.SETS if (bases[0] / "train" / folder).exists()}
-    fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), layout="constrained", squeeze=False, sharex=True)
+    fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), layout="constrained", squeeze=False,
+                             sharex="col")
     for column, (title, folders) in zip(axes.T, sets.items()):
         for arm, style in ARMS.items():
             files = [f / tables.slug(arm) / "metrics.jsonl" for f in folders]
             logs = [common.read_jsonl(f) for f in files if f.exists()]
             for axis, key in zip(column, ("reward", "rescued") if logs else ()):
                 rows = list(zip(*[[r[key] for r in log] for log in logs]))
-                axis.plot(range(1, len(rows) + 1), [sum(r) / len(r) for r in rows], color="k", linestyle=style, linewidth=1.2, label=arm)
+                axis.plot(range(1, len(rows) + 1), [sum(r) / len(r) for r in rows], color="k", linestyle=style,
+                          linewidth=1.2, label=arm)
         column[0].set(title=title, ylabel="reward of the policy's samples")
         column[1].set(xlabel="training step", ylabel="share of groups rescued")
     axes[0][0].legend(fontsize=7)

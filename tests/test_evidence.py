@@ -19,10 +19,10 @@ from common import UserError, to_line
 from eval import wilson_interval
 
 TOKENIZER = toy.build_tokenizer(toy)
-PROBLEMS = {"hard-0": ("17+5?", "22"), "hard-1": ("28+4?", "32"), "hard-2": ("19+9+1?", "29"), "hard-3": ("11+9?", "20")}
+PROBLEMS = {"hard-0": ("17+5?", "22"), "hard-1": ("28+4?", "32"), "hard-2": ("19+9+1?", "29"),
+            "hard-3": ("11+9?", "20")}
 SOUND = {"hard-0": "17+5=22. So the answer is \\boxed{22}.", "hard-1": "28+4=32. So the answer is \\boxed{32}."}
 JUMPS = {"hard-0": "17+5=12. So the answer is \\boxed{22}.", "hard-2": "19+9=18;18+1=19. So the answer is \\boxed{29}."}
-ADAM = "no Frank-Wolfe (Adam, lr 0.01)"
 
 
 def ids(text: str) -> list[int]:
@@ -32,10 +32,12 @@ def ids(text: str) -> list[int]:
 def record(name: str, texts: list[str], right: list[int], curve: dict | None = None, losses: int = 10, **more) -> dict:
     """A line of revised.jsonl whose prefix is the first token of each text."""
     problem, gold = PROBLEMS[name]
-    conts = [{"ids": ids(t)[1:], "finish": "stop", "response": t, "soft_reward": x, "reward": x} for t, x in zip(texts, right)]
-    return {"id": name, "sample": 0, "answer": gold, "prefix_len": 1, "recovered": any(right), "losses": [[-1.0, 5.0 - k / 10, 1.0]
-            for k in range(losses)], "gaps": [float(10 + k) for k in range(losses)], "gammas": [0.1] * losses, "passes": losses,
-            "kept": 1.0, "prompt_ids": ids(toy.render(TOKENIZER, problem)), "prefix_ids": ids(texts[0])[:1],
+    conts = [{"ids": ids(t)[1:], "finish": "stop", "response": t, "soft_reward": x, "reward": x}
+             for t, x in zip(texts, right)]
+    return {"id": name, "sample": 0, "answer": gold, "prefix_len": 1, "recovered": any(right),
+            "losses": [[-1.0, 5.0 - k / 10, 1.0] for k in range(losses)],
+            "gaps": [float(10 + k) for k in range(losses)], "gammas": [0.1] * losses, "passes": losses, "kept": 1.0,
+            "prompt_ids": ids(toy.render(TOKENIZER, problem)), "prefix_ids": ids(texts[0])[:1],
             "projected_ids": ids(texts[0])[:1], "continuations": conts, "curve": curve or {}} | more
 
 
@@ -46,49 +48,57 @@ def write(path, rows: list[dict]) -> None:
 
 @pytest.fixture
 def base(tmp_path):
-    """OUT/toy/base0: four prompts; the method recovers two, one of them soundly, and every other variant does the same."""
+    """OUT/toy/base0: four prompts; the method recovers two, one of them soundly, as does every other variant."""
     folder = tmp_path / "toy" / "base0"
     problems = [{"id": i, "problem": p, "answer": a} for i, (p, a) in PROBLEMS.items()]
     write(folder / "data" / "hard.jsonl", problems)
     write(folder / "data" / "train.jsonl", [{"id": "train-0", "problem": "10+1?", "answer": "11"}])
     wrong = "17+5=12. So the answer is \\boxed{12}."
     write(folder / "rollouts" / "rollouts.jsonl", [
-        {"id": i, "sample": s, "response": wrong, "response_ids": ids(wrong), "reward": 0} for i in PROBLEMS for s in (0, 1)])
-    records = [record("hard-0", [SOUND["hard-0"], JUMPS["hard-0"]], [1, 1]), record("hard-1", [SOUND["hard-1"][:-3] + "3}.", wrong], [0, 0]),
+        {"id": i, "sample": s, "response": wrong, "response_ids": ids(wrong), "reward": 0}
+        for i in PROBLEMS for s in (0, 1)])
+    records = [record("hard-0", [SOUND["hard-0"], JUMPS["hard-0"]], [1, 1]),
+               record("hard-1", [SOUND["hard-1"][:-3] + "3}.", wrong], [0, 0]),
                record("hard-2", [JUMPS["hard-2"], wrong], [1, 0]), record("hard-3", [wrong, wrong], [0, 0])]
-    steered = [r | {"guide_answer": g, "continuations": [c | {"guide_reward": int(g == "12" and "{12}" in c["response"])}
-               for c in r["continuations"]]} for r, g in zip(records, ("12", "12", "7", "7"))]
+    steered = [r | {"guide_answer": g, "continuations": [
+        c | {"guide_reward": int(g == "12" and "{12}" in c["response"])} for c in r["continuations"]]}
+        for r, g in zip(records, ("12", "12", "7", "7"))]
     curve = lambda r, upto: {str(s): {"rewards": [c["reward"] if s >= 10 else 0 for c in r["continuations"]],
-                                      "ids": [c["ids"] for c in r["continuations"]]} for s in range(0, upto + 1, upto // 10)}
+                                      "ids": [c["ids"] for c in r["continuations"]]}
+                             for s in range(0, upto + 1, upto // 10)}
     for group in evidence.RECOVERY.values():
         for name in group:
             rows = steered if name == "permuted gold" else records
             if name == "K 20":
-                rows = [record(r["id"], [c["response"] for c in r["continuations"]], [c["reward"] for c in r["continuations"]],
-                               curve(r, 20), 20) for r in records]
-            elif name == ADAM:  # falls by 1 a step: at or below what twenty steps of 0.1 give at the tenth, 4.0, after one
-                rows = [r | {"curve": curve(r, 10), "losses": [[-1.0, 5.0 - k, 1.0] for k in range(10)]} for r in records]
+                rows = [record(r["id"], [c["response"] for c in r["continuations"]],
+                               [c["reward"] for c in r["continuations"]], curve(r, 20), 20) for r in records]
+            elif name == tables.ADAM:  # falls by 1 a step: after one it is where steps of 0.1 are after ten, at 4.0
+                losses = [[-1.0, 5.0 - k, 1.0] for k in range(10)]
+                rows = [r | {"curve": curve(r, 10), "losses": losses} for r in records]
             write(folder / "revise" / tables.slug(name) / "revised.jsonl", rows)
             write(folder / "revise" / tables.slug(name) / "recovered.jsonl", [
-                {"id": r["id"], "response": c["response"], "reward": 1} for r in rows for c in r["continuations"] if c["reward"]])
+                {"id": r["id"], "response": c["response"], "reward": 1}
+                for r in rows for c in r["continuations"] if c["reward"]])
     return folder
 
 
 def test_a_recovery_row_counts_prompts_and_sound_ones(base):
     records = tables.Records(base).variant("LatentRevise")
-    cells = [c.strip() for c in tables.recovery_row(toy, "x", [records, records[:2]]).split("|")[2:-1]]
+    cells = tables.recovery_row(toy, "x", [records, records[:2]])[1:]
     assert cells[:4] == [demo.share(3, 6), "50.0 50.0", demo.share(2, 6), "25.0 50.0"]
     assert cells[4].endswith("(2/5)") and cells[4].startswith("40.0 %")  # hard-0: 1 of 2, twice; hard-2: 0 of 1
     assert cells[5] == "10.0" and cells[8] == "100 %"
     r = records[0]
-    assert tables.cost(r) == (len(r["prompt_ids"]) + r["failed_tokens"] + 6) * 20 + sum(len(c["ids"]) for c in r["continuations"])
+    trunk = len(r["prompt_ids"]) + r["failed_tokens"] + 6  # template and gold
+    assert tables.cost(r) == trunk * 20 + sum(len(c["ids"]) for c in r["continuations"])
 
 
 def test_permuted_gold_is_scored_on_prompts_that_had_not_reached_it(base):
     text = tables.recovery(toy, [tables.Records(base)], evidence.RECOVERY)
     # all rollouts say 12, so only the two steered toward 7 count, and none says 7
     assert f"| permuted gold, scored on it | {demo.share(0, 2)} |" in text
-    assert text.count("\n| LatentRevise |") == 1 and all(f"\n| {n} |" in text for g in evidence.RECOVERY.values() for n in g)
+    assert text.count("\n| LatentRevise |") == 1
+    assert all(f"\n| {name} |" in text for group in evidence.RECOVERY.values() for name in group)
 
 
 def test_a_share_of_continuations_has_the_interval_of_its_prompts():
@@ -129,7 +139,8 @@ def test_filters_count_trajectories_and_prompts():
 
 
 def test_likelihood_of_continuations():
-    found = [{"sound": True, "soft": [-1.0, -0.5], "hard": [-0.25, -9.0]}, {"sound": False, "soft": None, "hard": [-7.0, -0.75, -1.25]}]
+    found = [{"sound": True, "soft": [-1.0, -0.5], "hard": [-0.25, -9.0]},
+             {"sound": False, "soft": None, "hard": [-7.0, -0.75, -1.25]}]
     lines = tables.likelihood_table({"x": found}).splitlines()[2:]
     assert lines == ["| x | 2 | -0.75 | -1.0 | -3.65 | -8.0 |", "| x, sound | 1 | -0.75 | -1.0 | -4.62 | -9.0 |"]
 
@@ -148,13 +159,15 @@ def train_arm(base, arm: str, folder: str, model: str, hits: list[int], **metric
 
 def test_training_table_is_made_of_samples_and_logs(base):
     train_arm(base, "base", "hard", "toy_model", [0, 0])
-    train_arm(base, "GRPO N=8", "hard", "grpo-n-8-model", [32, 0], seconds_sample=1.0, seconds_update=2.0, memory_gb=0.5)
+    train_arm(base, "GRPO N=8", "hard", "grpo-n-8-model", [32, 0], seconds_sample=1.0, seconds_update=2.0,
+              memory_gb=0.5)
     train_arm(base, "RFT", "hard", "rft-model", [16, 1], seconds=6.0, memory_gb=0.7)
-    rows = {c[1].strip(): [x.strip() for x in c[2:-1]] for c in
-            (line.split("|") for line in tables.training_table([base], ["RFT", "GRPO N=8", "DAPO"], "hard").splitlines()[2:])}
+    text = tables.training_table([base], ["RFT", "GRPO N=8", "DAPO"], "hard")
+    rows = {c[1].strip(): [x.strip() for x in c[2:-1]] for c in (line.split("|") for line in text.splitlines()[2:])}
     assert rows["base"][1].startswith("0.0 [0.0, ") and rows["base"][-2:] == ["-", "-"]
     assert rows["GRPO N=8"][1].startswith("50.0 [") and rows["GRPO N=8"][-2:] == ["1.00", "0.50 GB"]
-    assert rows["RFT"][1].startswith("26.6 [") and rows["RFT"][3].startswith("100.0 [") and rows["RFT"][-2:] == ["2.00", "0.70 GB"]
+    assert rows["RFT"][1].startswith("26.6 [") and rows["RFT"][3].startswith("100.0 [")
+    assert rows["RFT"][-2:] == ["2.00", "0.70 GB"]
     assert rows["DAPO"][0] == "nothing to train on"
 
 
@@ -165,7 +178,8 @@ def test_signal_table_tells_sound_injected_trajectories_apart(base):
             {"step": 2, "id": "hard-1", "response": "x", "reward": 0, "injected": False}]
     write(base / "train" / "hard" / tables.slug("GRPO+LatentRevise") / "samples.jsonl", rows)
     lines = tables.signal_table(toy, [tables.Records(base)], ["GRPO+LatentRevise"], "hard").splitlines()[2:]
-    assert lines == ["| GRPO+LatentRevise | 1-1 | 0 | - | 2 | 50 % |", "| GRPO+LatentRevise | 2-2 | 1 | 100 % | 0 | - |"]
+    assert lines == ["| GRPO+LatentRevise | 1-1 | 0 | - | 2 | 50 % |",
+                     "| GRPO+LatentRevise | 2-2 | 1 | 100 % | 0 | - |"]
 
 
 def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
@@ -184,7 +198,7 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     assert TOKENIZER.unk_token_id not in ids(hints.pop().replace("{answer}", "72"))
     equal = [a for s, a in parsed if s == "revise.py" and a.out.endswith("equal-compute")]
     ours = tables.Records(base).variant("LatentRevise")
-    fresh = sum(len(c["ids"]) for r in ours for c in r["continuations"]) / 32  # the fake fresh samples are the same ones
+    fresh = sum(len(c["ids"]) for r in ours for c in r["continuations"]) / 32  # fresh sampling wrote the same ones
     assert equal[0].continuations == round(sum(map(tables.cost, ours)) / 4 / fresh)
     sound = [json.loads(line)["response"] for line in (base / "recovered-sound.jsonl").read_text().splitlines()]
     assert sound == [SOUND["hard-0"]]
@@ -219,8 +233,8 @@ def test_hours_in_the_recipes_are_those_computed():
         cells = [c.strip() for c in line.split("|")[1:-1]]
         if len(cells) == 3:
             rows[cells[0].split(",")[0]] = cells[1:]
-    names = {"rollout, N = 32": "rollout", "revise, one attempt a prompt": "revise", "SFT": "SFT", "GRPO N=8": "GRPO N=8",
-             "GRPO N=16": "GRPO N=16", "OPSD": "OPSD", "DAPO, two rounds of sampling": "DAPO",
+    names = {"rollout, N = 32": "rollout", "revise, one attempt a prompt": "revise", "SFT": "SFT",
+             "GRPO N=8": "GRPO N=8", "GRPO N=16": "GRPO N=16", "OPSD": "OPSD", "DAPO, two rounds of sampling": "DAPO",
              "evaluation of a model": "evaluation of one model"}
     for column, name in enumerate(hours.QWEN):
         low, high = hours.hours(name, host=False), hours.hours(name, host=True)
@@ -234,4 +248,5 @@ def test_hours_of_an_update_are_eight_operations_a_parameter_and_token():
     root, block = hours.parameters(hours.QWEN["Qwen2.5-1.5B"])
     seconds = 512 * 8 * 1150 * 8 * (root + 28 * block) / (0.5 * 790e12)
     sampling = 512 * 8 * 1000 / 512 * (2 * (root + 28 * block) + 512 * 650 * 28 * 2 * 256 * 2) / (0.6 * 4.8e12)
-    assert hours.hours("Qwen2.5-1.5B", host=False)["GRPO N=8"] == pytest.approx(100 * (seconds + sampling) / 3600, abs=0.05)
+    computed = hours.hours("Qwen2.5-1.5B", host=False)["GRPO N=8"]
+    assert computed == pytest.approx(100 * (seconds + sampling) / 3600, abs=0.05)
