@@ -69,7 +69,7 @@ def variants(plt, worlds: dict, out: Path) -> None:
         axis.set(xlabel="percent of zero-hit prompts, 95 % interval", title=f"{name}.py", xlim=(0, None))
         axis.set_yticks(range(len(VARIANTS)), reversed(VARIANTS), fontsize=8)
         axis.grid(axis="y", linewidth=0.3)
-    axes[0][0].legend(fontsize=8)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     fig.savefig(out / "evidence-variants.png", dpi=120)
 
 
