@@ -34,17 +34,17 @@ def grpo_rows() -> list[dict]:
         rewards = [float(s % 3 == 0) for s in range(GROUP)]
         for reward, advantage in zip(rewards, train_grpo.advantages(rewards)):
             n = min(600, int(rng.lognormvariate(5.0, 0.8)) + 2)
-            rows.append({"prompt_ids": prompt, "response_ids": [rng.randrange(3, 90) for _ in range(n)], "reward": reward,
-                         "advantage": advantage})
+            rows.append({"prompt_ids": prompt, "response_ids": [rng.randrange(3, 90) for _ in range(n)],
+                         "reward": reward, "advantage": advantage})
     return rows
 
 
 def grpo_model():
     """Random weights, small but for a real vocabulary."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=1,
-                         pad_token_id=0, bos_token_id=None)
+    config = Qwen2Config(vocab_size=VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
@@ -78,7 +78,8 @@ def plain_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> No
             ratio = (logp - logp.detach()).exp()
             a = advantage[s:s + ROWS]
             loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
-            ((loss * mask[s:s + ROWS, 1:]).sum() / mask[:, 1:].sum()).backward()  # denominator: response tokens of the step
+            # denominator: response tokens of the step
+            ((loss * mask[s:s + ROWS, 1:]).sum() / mask[:, 1:].sum()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -89,14 +90,15 @@ def plain_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> No
 
 
 def trl_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> None:
-    """GRPOTrainer on the same rows (its own rollout_func), token-mean loss, no KL, no checkpointing. What it does before the
-    first micro-batch (sampling, rewards, decoding for its logs) is not counted."""
+    """GRPOTrainer on the same rows (its own rollout_func), token-mean loss, no KL, no checkpointing. What it does
+    before the first micro-batch (sampling, rewards, decoding for its logs) is not counted."""
     try:
         from datasets import Dataset
         from transformers import AutoTokenizer, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except (ImportError, RuntimeError) as e:  # RuntimeError: trl imports its parts late
-        raise UserError(f"bench.py grpo needs TRL: pip install -r requirements-bench.txt ({str(e).splitlines()[-1]})") from None
+        raise UserError("bench.py grpo needs TRL: pip install -r requirements-bench.txt "
+                        f"({str(e).splitlines()[-1]})") from None
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy_model")
     updates, prepare = [], GRPOTrainer._generate_and_score_completions
     seconds = {"prepare": 0.0}
@@ -122,13 +124,14 @@ def trl_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> None
                 "logprobs": None}
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(output_dir=folder, per_device_train_batch_size=ROWS, gradient_accumulation_steps=len(rows) // ROWS,
-                            num_generations=GROUP, max_completion_length=600, beta=0.0, loss_type="dapo", epsilon=0.2,
-                            learning_rate=1e-5, lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, bf16=False,
-                            gradient_checkpointing=False, use_cpu=True, report_to=[], save_strategy="no", logging_steps=1,
-                            max_steps=args.runs + 1, shuffle_dataset=False, disable_tqdm=True, seed=0)
-        trainer = Trainer(model=model, args=config, processing_class=tokenizer, rollout_func=rollouts, callbacks=[Timer()],
-                          reward_funcs=lambda completions, **more: [r["reward"] for r in rows],
+        config = GRPOConfig(output_dir=folder, per_device_train_batch_size=ROWS,
+                            gradient_accumulation_steps=len(rows) // ROWS, num_generations=GROUP,
+                            max_completion_length=600, beta=0.0, loss_type="dapo", epsilon=0.2, learning_rate=1e-5,
+                            lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, bf16=False,
+                            gradient_checkpointing=False, use_cpu=True, report_to=[], save_strategy="no",
+                            logging_steps=1, max_steps=args.runs + 1, shuffle_dataset=False, disable_tqdm=True, seed=0)
+        trainer = Trainer(model=model, args=config, processing_class=tokenizer, rollout_func=rollouts,
+                          callbacks=[Timer()], reward_funcs=lambda completions, **more: [r["reward"] for r in rows],
                           train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(GROUPS)]}))
 
         def run():
@@ -139,8 +142,8 @@ def trl_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> None
 
 
 def grpo_child(args: argparse.Namespace) -> None:
-    """One contender in this process: processor seconds (of one
-    thread, so that a busy machine does not count) of each update but the first, which allocates; and the largest resident set."""
+    """One contender in this process: processor seconds (of one thread, so that a busy machine does not count) of each
+    update but the first, which allocates; and the largest resident set."""
     model, rows, seconds, norms = grpo_model(), grpo_rows(), [], []
     start = []
 
@@ -162,13 +165,15 @@ def main(args: argparse.Namespace) -> None:
     rows, results = grpo_rows(), {"ours": [], "trl": [], "plain": []}
     for _ in range(args.rounds):  # interleaved, a process each
         for name, found in results.items():
-            child = subprocess.run([sys.executable, str(ROOT / "bench.py"), "grpo", "--only", name, "--runs", str(args.runs)],
-                                   capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            child = subprocess.run(
+                [sys.executable, str(ROOT / "bench.py"), "grpo", "--only", name, "--runs", str(args.runs)],
+                capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
             if child.returncode:
                 raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("bench.py: error: "))
             found.append(json.loads(child.stdout.splitlines()[-1]))
     seconds = {k: statistics.median(t for r in v for t in r["seconds"]) for k, v in results.items()}
-    peak, beyond = ({k: statistics.median(r[x] for r in v) for k, v in results.items()} for x in ("peak", "beyond_start"))
+    peak, beyond = ({k: statistics.median(r[x] for r in v) for k, v in results.items()}
+                    for x in ("peak", "beyond_start"))
     norm = {k: v[0]["grad_norm"] for k, v in results.items()}
     real = sum(len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows)
     for name in ("trl", "plain"):

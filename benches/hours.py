@@ -1,7 +1,8 @@
 """GPU-hours of the recipes, computed and not measured, from operations and bytes.
 
 Assumed: an H200 at half of 790 TFLOP/s and 60 % of 4.8 TB/s; prompts of 150 tokens and responses of 1,000. A decoding
-step reads weights and cache once; `host` adds 1 ms a block for Python to dispatch it, which a CUDA graph would not need. Longer responses cost in proportion: base models on hard problems often write more.
+step reads weights and cache once; `host` adds 1 ms a block for Python to dispatch it, which a CUDA graph would not
+need. Longer responses cost in proportion: base models on hard problems often write more.
 """
 import argparse
 import json
@@ -32,10 +33,11 @@ def hours(name: str, host: bool) -> dict[str, float]:
     text = PROMPT + RESPONSE
     update = lambda n, reference=2: BATCH * n * text * (6 + recomputed + reference) * P / FLOPS  # a step
     sample = lambda n: decode(c, BATCH * n * RESPONSE, ROWS[name], host)
-    # ten forward and backward passes, no gradients of weights; eight continuations of the last fifth
-    revise = 10 * (4 + recomputed) * P * text / FLOPS + decode(c, 8 * 0.2 * RESPONSE, ROWS[name], host)  # a failed rollout
+    # a failed rollout: ten forward and backward passes, no gradients of weights; eight continuations of the last fifth
+    revise = 10 * (4 + recomputed) * P * text / FLOPS + decode(c, 8 * 0.2 * RESPONSE, ROWS[name], host)
     zero = ZERO_HIT[name]
-    runs = {"rollout, N = 32": decode(c, TRAIN * 32 * RESPONSE, ROWS[name], host), "revise, one attempt a prompt": zero * TRAIN * revise,
+    runs = {"rollout, N = 32": decode(c, TRAIN * 32 * RESPONSE, ROWS[name], host),
+            "revise, one attempt a prompt": zero * TRAIN * revise,
             "SFT": STEPS * BATCH * text * (6 + recomputed) * P / FLOPS,
             "GRPO N=8": STEPS * (update(8) + sample(8)), "GRPO N=16": STEPS * (update(16) + sample(16)),
             "OPSD": STEPS * (update(1) + sample(1)),
@@ -49,4 +51,5 @@ def hours(name: str, host: bool) -> dict[str, float]:
 def main(args: argparse.Namespace) -> None:
     for name in QWEN:
         for host in (False, True):
-            print(json.dumps({"measure": "hours_computed", "model": name, "unit": "GPU-hours", "host": host, **hours(name, host)}))
+            print(json.dumps({"measure": "hours_computed", "model": name, "unit": "GPU-hours", "host": host,
+                              **hours(name, host)}))

@@ -19,20 +19,24 @@ QWEN = {"Qwen2.5-1.5B": Qwen2Config(vocab_size=151936, hidden_size=1536, interme
 
 
 def sizes(c) -> tuple[int, int, int, int, int]:
-    """D, Q, K, I and L of a Qwen2 or Qwen3: widths of the model, its queries, its keys, its feed-forward layers; its blocks."""
+    """D, Q, K, I and L of a Qwen2 or Qwen3: widths of the model, its queries, its keys, its feed-forward layers;
+    its blocks."""
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return (c.hidden_size, c.num_attention_heads * head, c.num_key_value_heads * head, c.intermediate_size, c.num_hidden_layers)
+    return (c.hidden_size, c.num_attention_heads * head, c.num_key_value_heads * head, c.intermediate_size,
+            c.num_hidden_layers)
 
 
 def parameters(c) -> tuple[int, int]:
     """Of the root that is gathered for a whole pass (embedding, last norm, head) and of one block."""
     D, Q, K, I, _ = sizes(c)
-    extra = 2 * Q // c.num_attention_heads if c.model_type == "qwen3" else Q + 2 * K  # norms of a query and a key; or biases
+    # norms of a query and a key; or biases
+    extra = 2 * Q // c.num_attention_heads if c.model_type == "qwen3" else Q + 2 * K
     return c.vocab_size * D * (1 if c.tie_word_embeddings else 2) + D, 2 * D * Q + 2 * D * K + 3 * D * I + 2 * D + extra
 
 
 def block_bytes(c, size: int) -> int:
-    """What autograd keeps of one block for each token. size: bytes of an element, 2 or 4; norms keep float32 as well."""
+    """What autograd keeps of one block for each token. size: bytes of an element, 2 or 4;
+    norms keep float32 as well."""
     D, Q, K, I, _ = sizes(c)
     norm = 4 + size  # its input, converted, and its result before the weight
     rotated, heads = size * (Q + K), 4 * c.num_attention_heads  # as SDPA keeps them, and its sum for each head
@@ -51,14 +55,16 @@ def activation_bytes(c, size: int, tokens: int, responses: int, checkpointed: bo
 def peak_bytes(c, processes: int, tokens: int, checkpointed: bool, sharded: bool = True) -> dict[str, float]:
     """GB of one process of train_grpo.py in bfloat16, by part. sharded=False: if each process held a whole model.
 
-    gathered: weights and their gradients in bfloat16 and the buffer that sums those in float32; the reference's root stays.
+    gathered: weights and their gradients in bfloat16 and the buffer that sums those in float32;
+    the reference's root stays.
     head: logits, log-probabilities, their gradient and what the entropy takes, 18 bytes in all.
     """
     root, block = parameters(c)
     P = root + sizes(c)[-1] * block
     parts = {"states": P * (16 + 2) / (processes if sharded else 1), "actor": 2 * P,
              "gathered": sharded * ((2 + 2 + 4) * (root + block) + 2 * root),
-             "activations": activation_bytes(c, 2, tokens, tokens, checkpointed) + checkpointed * tokens * block_bytes(c, 2),
+             "activations": activation_bytes(c, 2, tokens, tokens, checkpointed)
+                            + checkpointed * tokens * block_bytes(c, 2),
              "head": training.HEAD_ROWS * c.vocab_size * 18}
     return {k: round(v / 1e9, 1) for k, v in (parts | {"all": sum(parts.values())}).items()}
 
@@ -72,7 +78,8 @@ def main(args: argparse.Namespace) -> None:
             with common.checkpointed(model, checkpointed):
                 kept = saved_bytes(model, training.response_logprobs, model, rows)
             report(f"activations_{str(dtype)[6:]}" + "_checkpointed" * checkpointed, kept,
-                   activation_bytes(model.config, dtype.itemsize, 1000, 800, checkpointed), "bytes", reference_is="the formula")
+                   activation_bytes(model.config, dtype.itemsize, 1000, 800, checkpointed), "bytes",
+                   reference_is="the formula")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     optimizer = training.make_optimizer(model, argparse.Namespace(lr=1e-5, weight_decay=0.01))
     training.response_logprobs(model, rows)[0].sum().backward()

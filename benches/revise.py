@@ -21,9 +21,10 @@ def random_failure(shape: tuple[int, int, int, int], vocab: int, seed: int = 1) 
     return revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-4:]), ids[-a:-4]
 
 
-def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
-    """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss, backward(),
-    then one product with the whole vocabulary. Parameters that nobody froze get gradients too."""
+def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor,
+                 weights: tuple) -> tuple:
+    """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss,
+    backward(), then one product with the whole vocabulary. Parameters that nobody froze get gradients too."""
     embed = model.get_input_embeddings()
     E = E.detach().requires_grad_()
 
@@ -53,13 +54,14 @@ def literal_frozen_step(model, *step) -> tuple:
         model.requires_grad_(True)
 
 
-def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
+def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor,
+                weights: tuple) -> tuple:
     losses, G, v = packed_steps(model, [f], template, W, E, weights)
     return losses[0], G, v
 
 
-def packed_steps(model, batch: list[revise.Failure], template: list[int], W: torch.Tensor, E: torch.Tensor, weights: tuple,
-                 checkpoint: bool = False) -> tuple:
+def packed_steps(model, batch: list[revise.Failure], template: list[int], W: torch.Tensor, E: torch.Tensor,
+                 weights: tuple, checkpoint: bool = False) -> tuple:
     """One Frank-Wolfe step of several rollouts as revise.py does it."""
     with packed.frozen(model, checkpoint):
         tensors = packed.pack(batch, template, weights, False, W.device)
@@ -84,23 +86,27 @@ def main(args: argparse.Namespace) -> None:
         report(f"revise_step_{name}", fast, slow, "seconds", shape=shape, threads=torch.get_num_threads(),
                ratio_to_frozen=round(frozen / fast, 3), **agreement)
         ours, theirs, frozen = (saved_bytes(model, s, *step) for s in (packed_step, literal_step, literal_frozen_step))
-        report(f"revise_saved_bytes_{name}", ours, theirs, "bytes", shape=shape, ratio_to_frozen=round(frozen / ours, 3))
+        report(f"revise_saved_bytes_{name}", ours, theirs, "bytes", shape=shape,
+               ratio_to_frozen=round(frozen / ours, 3))
     if device.type == "cuda":
         bench_revise_cuda(model, W, weights, args)
 
 
 def bench_revise_cuda(model, W: torch.Tensor, weights: tuple, args: argparse.Namespace) -> None:
-    """Seconds per rollout-step and peak memory by batch size and length. Reference: the floor of operations at 790 TFLOP/s
-    (7.5 + 0.37 TFLOP for the short shape), a computed figure."""
+    """Seconds per rollout-step and peak memory by batch size and length. Reference: the floor of operations at
+    790 TFLOP/s (7.5 + 0.37 TFLOP for the short shape), a computed figure."""
     floor = 9.9e-3
     for name, shape, batch, checkpoint in [*(("1k", SHAPES["short"], n, False) for n in (1, 2, 4, 8, 16)),
-                                           ("8k", (150, 6400, 1600, 20), 1, False), ("8k", (150, 6400, 1600, 20), 1, True)]:
+                                           ("8k", (150, 6400, 1600, 20), 1, False),
+                                           ("8k", (150, 6400, 1600, 20), 1, True)]:
         failures = [random_failure(shape, len(W), seed)[0] for seed in range(batch)]
         E = torch.cat([revise.soft_prefix(W, f.atoms, f.weights) for f in failures])
         step = (model, failures, random_failure(shape, len(W))[1], W, E, weights, checkpoint)
         packed_steps(*step)
         torch.cuda.reset_peak_memory_stats()
-        seconds = statistics.median(timed(packed_steps, *step) for _ in range(args.runs)) / batch  # denominator: rollouts
+        # denominator: rollouts
+        seconds = statistics.median(timed(packed_steps, *step) for _ in range(args.runs)) / batch
         print(json.dumps({"measure": f"revise_step_{name}_batch{batch}" + "_checkpointed" * checkpoint, "ours": seconds,
                           "unit": "seconds per rollout-step", "peak_bytes": torch.cuda.max_memory_allocated(),
-                          **({"floor": floor, "share_of_floor": round(floor / seconds, 3)} if name == "1k" else {})}), flush=True)
+                          **({"floor": floor, "share_of_floor": round(floor / seconds, 3)} if name == "1k" else {})}),
+              flush=True)

@@ -19,7 +19,8 @@ class Outside(TorchDispatchMode):
     def __init__(self, model):
         super().__init__()
         self.inside, self.operations, self.forward_seconds, self.steps, self.rows = False, 0, 0.0, 0, 0
-        self.hooks = [model.register_forward_pre_hook(self.enter, with_kwargs=True), model.register_forward_hook(self.leave)]
+        self.hooks = [model.register_forward_pre_hook(self.enter, with_kwargs=True),
+                      model.register_forward_hook(self.leave)]
 
     def enter(self, model, args, kwargs) -> None:
         self.inside, self.start = True, clock()
@@ -37,7 +38,8 @@ class Outside(TorchDispatchMode):
 
 
 def outside_forward(model, function) -> dict[str, float]:
-    """Decoding steps, their rows, and what is done outside of the forward pass, per step; the GPU's work is waited for there."""
+    """Decoding steps, their rows, and what is done outside of the forward pass, per step;
+    the GPU's work is waited for there."""
     counted = Outside(model)
     with counted:
         function()
@@ -47,15 +49,18 @@ def outside_forward(model, function) -> dict[str, float]:
     seconds = timed(function)
     for hook in clocked.hooks:
         hook.remove()
-    return {"row_steps": counted.rows, "steps": counted.steps, "host_ops_per_step": round(counted.operations / counted.steps, 1),
+    return {"row_steps": counted.rows, "steps": counted.steps,
+            "host_ops_per_step": round(counted.operations / counted.steps, 1),
             "host_ms_per_step": round(1000 * (seconds - clocked.forward_seconds) / clocked.steps, 3)}
 
 
-def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: int, n: int, limit: int, eos: int, slots: int = 0,
-                   fixed: bool = False, **facts) -> None:
-    """Seconds per 1,000 response tokens of `sample` and of generate(), which takes `slots` rows at a time (0: all of them).
+def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: int, n: int, limit: int, eos: int,
+                   slots: int = 0, fixed: bool = False, **facts) -> None:
+    """Seconds per 1,000 response tokens of `sample` and of generate(),
+    which takes `slots` rows at a time (0: all of them).
 
-    eos: that many ids end a response, so that lengths are geometric with a mean of vocabulary / eos tokens (0: none does).
+    eos: that many ids end a response, so that lengths are geometric with a mean of vocabulary / eos tokens
+    (0: none does).
     """
     vocab = model.config.vocab_size
     generator = torch.Generator().manual_seed(2)
@@ -65,15 +70,17 @@ def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: in
 
     def ours(seed: int) -> list[int]:
         keys = [[sampling.row_key(seed, p, s) for s in range(n)] for p in range(prompts)]
-        found = sampling.sample(model, list(ids), keys, [limit] * prompts, eos=stops, vocab=vocab, slots=slots, fixed=fixed)
+        found = sampling.sample(model, list(ids), keys, [limit] * prompts, eos=stops, vocab=vocab, slots=slots,
+                                fixed=fixed)
         return [len(s.ids) for of_prompt in found for s in of_prompt]
 
     def theirs(seed: int) -> list[int]:
         torch.manual_seed(seed)
         lengths = []
         for batch in ids.split(slots // n):
-            out = model.generate(batch, attention_mask=torch.ones_like(batch), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                 num_return_sequences=n, max_new_tokens=limit, pad_token_id=0)[:, PROMPT:]
+            out = model.generate(
+                batch, attention_mask=torch.ones_like(batch), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                num_return_sequences=n, max_new_tokens=limit, pad_token_id=0)[:, PROMPT:]
             ended = out < eos
             lengths += torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
         return lengths
@@ -83,20 +90,22 @@ def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: in
     for seed in range(1, args.runs + 1):
         for sampler, seconds in runs.items():
             lengths = []
-            seconds.append(1000 * timed(lambda f, seed, out: out.extend(f(seed)), sampler, seed, lengths) / sum(lengths))  # tokens
+            seconds.append(1000 * timed(lambda f, seed, out: out.extend(f(seed)), sampler, seed, lengths)
+                           / sum(lengths))  # tokens
     fast, slow = (statistics.median(x) for x in runs.values())
     ideal = sum(length - 1 for length in ours(1))  # the first token of a response comes from the pass over its prompt
     counts = outside_forward(model, lambda: ours(1))
-    report(f"rollout_{measure}", fast, slow, "seconds per 1,000 tokens", prompts=prompts, samples=n, slots=slots, limit=limit,
-           vocabulary=vocab, threads=torch.get_num_threads(), ideal=ideal, row_steps_to_ideal=round(counts["row_steps"] / ideal, 3),
-           **counts, **facts)
+    report(f"rollout_{measure}", fast, slow, "seconds per 1,000 tokens", prompts=prompts, samples=n, slots=slots,
+           limit=limit, vocabulary=vocab, threads=torch.get_num_threads(), ideal=ideal,
+           row_steps_to_ideal=round(counts["row_steps"] / ideal, 3), **counts, **facts)
 
 
 def narrow_qwen2(vocab: int, args: argparse.Namespace, device: torch.device):
     """Random weights, 4 layers of width 128: small beside its vocabulary."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True)
+    config = Qwen2Config(vocab_size=vocab, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+                         tie_word_embeddings=True)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
 
@@ -114,8 +123,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def bench_rollout_cuda(model, args: argparse.Namespace, limit: int = 512) -> None:
-    """By batch size. byte_floor: seconds per 1,000 tokens when a step reads all weights and the mean cache once, as fast as the
-    device copies."""
+    """By batch size. byte_floor: seconds per 1,000 tokens when a step reads all weights and the mean cache once,
+    as fast as the device copies."""
     source, target = (torch.empty(2**30, dtype=torch.uint8, device=model.device) for _ in range(2))
     timed(target.copy_, source)
     # every byte is read and written
@@ -127,5 +136,6 @@ def bench_rollout_cuda(model, args: argparse.Namespace, limit: int = 512) -> Non
     for rows in (8, 64, 256):
         floor = (weights + rows * (PROMPT + limit // 2) * per_token) / bandwidth  # seconds a step
         for fixed in (False, True):
-            bench_sampling(model, f"cuda_{rows}" + "_graphs" * fixed, args, prompts=rows // 8, n=8, limit=limit, eos=0, fixed=fixed,
-                           byte_floor=1000 * floor / rows, bandwidth=bandwidth)  # a step makes a token per row
+            # a step makes a token per row
+            bench_sampling(model, f"cuda_{rows}" + "_graphs" * fixed, args, prompts=rows // 8, n=8, limit=limit, eos=0,
+                           fixed=fixed, byte_floor=1000 * floor / rows, bandwidth=bandwidth)

@@ -11,7 +11,8 @@ def random_qwen2(args: argparse.Namespace, device: torch.device):
     """Random weights. On a CPU a small model in which the head holds about 15 % of the multiplications, as it does in
     Qwen2.5-1.5B; on a GPU the shape of Qwen2.5-1.5B itself."""
     torch.manual_seed(0)
-    shape = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1472, "num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = {"vocab_size": 6144, "hidden_size": 256, "intermediate_size": 1472, "num_hidden_layers": 6,
+             "num_attention_heads": 4}
     if device.type == "cuda":
         shape = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
                  "num_attention_heads": 12}
@@ -35,7 +36,8 @@ def timed(function, *args) -> float:
 
 
 def saved_bytes(model, function, *args) -> int:
-    """Largest number of bytes that autograd keeps alive for a backward at any time: distinct storages, without the model's."""
+    """Largest number of bytes that autograd keeps alive for a backward at any time:
+    distinct storages, without the model's."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     users, live, peak = {}, 0, 0
 

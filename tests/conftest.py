@@ -102,7 +102,8 @@ def read(path: Path) -> list[dict]:
 
 
 def without_seconds(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per_second", "memory"))} for r in records]
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per_second", "memory"))}
+            for r in records]
 
 
 def args_for(tmp_path: Path, *extra: str) -> argparse.Namespace:
@@ -168,7 +169,8 @@ def child(script: str, argv: list[str], log: str, env: dict[str, str], point: in
 
 
 def launch(processes: int, target, arguments) -> list:
-    """`processes` children under way, each target(*arguments(rank, env)); env has what torchrun would set in its place."""
+    """`processes` children under way, each target(*arguments(rank, env));
+    env has what torchrun would set in its place."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
@@ -180,7 +182,8 @@ def launch(processes: int, target, arguments) -> list:
 
 
 def finish(ranks: list, seconds: float = 120) -> list[int | None]:
-    """Exit codes, None of one that has not ended. Each is waited for so long, once one has failed 20 s; none is left behind."""
+    """Exit codes, None of one that has not ended. Each is waited for so long, once one has failed 20 s;
+    none is left behind."""
     for p in ranks:
         p.join(min(seconds, 20) if any(q.exitcode for q in ranks) else seconds)
     codes = [p.exitcode for p in ranks]

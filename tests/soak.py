@@ -1,8 +1,8 @@
 """Long trials that are not part of `make test`: kills at random moments, and a long training run that must not grow.
 
-    python tests/soak.py kill                 20 kills -9 for every stage, on 1 and on 2 processes; the same bytes in the end
-    python tests/soak.py long                 300 steps of GRPO with revision on 2 processes: memory, open files, metrics
-    python tests/soak.py torchrun             a rank that is killed, and one that hangs, under torchrun
+    python tests/soak.py kill        20 kills -9 for every stage, on 1 and on 2 processes; the same bytes in the end
+    python tests/soak.py long        300 steps of GRPO with revision on 2 processes: memory, open files, metrics
+    python tests/soak.py torchrun    a rank that is killed, and one that hangs, under torchrun
 
 Each prints what it saw and exits with 1 where a promise is broken. Set OMP_NUM_THREADS=1, and leave the machine alone.
 """
@@ -46,7 +46,7 @@ def kill(args: argparse.Namespace, path: Path) -> bool:
             shutil.rmtree(out)
             draw, kills, ends = random.Random(f"{args.seed} {name} {processes}"), 0, 0
             while kills < args.moments:
-                # a process that is lost before the others have met it is waited for this long (torchrun would stop them)
+                # a process lost before the others have met it is waited for this long (torchrun would stop them)
                 ranks = world.start(name, out, processes, LATENTREVISE_TIMEOUT="10")
                 time.sleep(draw.uniform(0, usual))
                 victims = draw.choice([ranks, [draw.choice(ranks)]])
@@ -83,11 +83,12 @@ def long(args: argparse.Namespace, path: Path) -> bool:
     python, out = [sys.executable], path / "grpo"
     subprocess.run([*python, "toy.py", "data", "--out", str(path / "data")], cwd=ROOT, check=True)
     command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py",
-               "--model", "toy_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise", "--device", "cpu",
-               "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4", "--max-new-tokens", "96",
-               "--instruction", "", "--template", toy.TEMPLATE, "--save-every", "20", "--lr", "1e-4"]
-    # glibc keeps what was freed, up to a third of the process here, in an amount that wanders; with every block of 64 KB or
-    # more mapped on its own, the resident memory is what is in use
+               "--model", "toy_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise",
+               "--device", "cpu", "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4",
+               "--max-new-tokens", "96", "--instruction", "", "--template", toy.TEMPLATE, "--save-every", "20",
+               "--lr", "1e-4"]
+    # glibc keeps what was freed, up to a third of the process here, in an amount that wanders; with every block of
+    # 64 KB or more mapped on its own, the resident memory is what is in use
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     with open(path / "log", "w") as log:
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
@@ -106,7 +107,8 @@ def long(args: argparse.Namespace, path: Path) -> bool:
     metrics = read(out / "metrics.jsonl") if good else []
     good &= [m["step"] for m in metrics] == list(range(1, args.steps + 1)) and (out / "model").is_dir()
     print(f"exit {launcher.returncode}, {len(metrics)} steps without a gap: {good}; rescued in "
-          f"{sum(m['rescued'] > 0 for m in metrics)} of them" + ("" if good else f"\n{(path / 'log').read_text()[-3000:]}"))
+          f"{sum(m['rescued'] > 0 for m in metrics)} of them"
+          + ("" if good else f"\n{(path / 'log').read_text()[-3000:]}"))
     seen = {pid: looks for pid, looks in seen.items() if len(looks) >= 8}
     good &= len(seen) >= 2
     for pid, looks in seen.items():
@@ -114,8 +116,8 @@ def long(args: argparse.Namespace, path: Path) -> bool:
         memory, handles = zip(*looks)
         early, late = statistics.median(memory[:quarter]), statistics.median(memory[-quarter:])
         flat = late <= early * 1.03 + 4096 and max(handles[-quarter:]) <= max(handles[:2 * quarter])
-        print(f"process {pid}: {len(looks)} looks after warm-up, memory {early / 1024:.0f} -> {late / 1024:.0f} MB, open files "
-              f"{max(handles[:quarter])} -> {max(handles[-quarter:])}: {'flat' if flat else 'GROWS'}")
+        print(f"process {pid}: {len(looks)} looks after warm-up, memory {early / 1024:.0f} -> {late / 1024:.0f} MB, "
+              f"open files {max(handles[:quarter])} -> {max(handles[-quarter:])}: {'flat' if flat else 'GROWS'}")
         good &= flat
     return good
 
@@ -128,7 +130,8 @@ def torchrun(args: argparse.Namespace, path: Path) -> bool:
         start = time.time()
         result = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "rollout.py",
-             *map(str, world.flags["rollout"]), "--out", str(path / name)], cwd=ROOT, capture_output=True, text=True, check=False,
+             *map(str, world.flags["rollout"]), "--out", str(path / name)],
+            cwd=ROOT, capture_output=True, text=True, check=False,
             env=os.environ | {"OMP_NUM_THREADS": "1", "LATENTREVISE_TIMEOUT": "6", "HF_HUB_OFFLINE": "1"})
         told = [line for line in result.stderr.splitlines() if " stops: rank " in line]
         told += re.findall(r"Root Cause.*?(rank +: \d+).*?(exitcode +: -?\d+)", result.stderr, re.DOTALL)

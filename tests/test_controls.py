@@ -79,7 +79,8 @@ def literal_total(model, f, args, E):
                               args.reduction == "mean", E.device)
         losses, _ = packed.losses_and_gradient(model, tensors, E)
     count = [len(f.c), len(f.gold), len(f.r)] if args.reduction == "mean" else [1, 1, 1]
-    return sum(float(x) * w / n for x, w, n in zip(losses[0], (args.explore_weight, args.alpha_guide, args.beta_nll), count))
+    return sum(float(x) * w / n
+               for x, w, n in zip(losses[0], (args.explore_weight, args.alpha_guide, args.beta_nll), count))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -99,7 +100,8 @@ def test_backtracking_takes_the_first_step_that_keeps_armijos_promise(rule, redu
         # a pass for each gradient, and one for each trial: step sizes are halves of where the search began
         start, trials = 0.9, 0
         for gamma in f.gammas:
-            trials += 4 if gamma == 0 else 1 + round(torch.tensor(start / gamma).log2().item()) if rule == "frank-wolfe" else 0
+            trials += (4 if gamma == 0
+                       else 1 + round(torch.tensor(start / gamma).log2().item()) if rule == "frank-wolfe" else 0)
             start = min(1.0, 2 * gamma or 0.9)
         assert rule != "frank-wolfe" or f.passes == 4 + trials
     assert len({g for f in batch for g in f.gammas}) > 2
@@ -130,7 +132,8 @@ def test_every_variant_lowers_the_loss_inside_the_hull_whatever_the_batch(rule, 
 def test_surprise_cuts_before_the_least_likely_token_of_the_range():
     model, g = tiny_model("qwen2"), torch.Generator().manual_seed(5)
     rollouts = [{"prompt_ids": torch.randint(2, TOKENS, (q,), generator=g).tolist(),
-                 "response_ids": torch.randint(2, TOKENS, (n,), generator=g).tolist()} for q, n in [(3, 20), (7, 9), (2, 2)]]
+                 "response_ids": torch.randint(2, TOKENS, (n,), generator=g).tolist()}
+                for q, n in [(3, 20), (7, 9), (2, 2)]]
     for r, cut in zip(rollouts, controls.surprise_cuts(model, rollouts)):
         ids, q, n = r["prompt_ids"] + r["response_ids"], len(r["prompt_ids"]), len(r["response_ids"])
         logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -145,8 +148,9 @@ def test_permuted_answers_are_always_anothers():
     assert permuted == controls.permuted_answers(dict(reversed(answers.items())), seed=0)
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "adam", "--direction", "away"], ["--optimizer", "adam", "--step-rule", "short"],
-                                   ["--optimizer", "adam", "--vertices", "random"]])
+@pytest.mark.parametrize("flags", [
+    ["--optimizer", "adam", "--direction", "away"], ["--optimizer", "adam", "--step-rule", "short"],
+    ["--optimizer", "adam", "--vertices", "random"]])
 def test_adam_has_no_frank_wolfe_steps_to_vary(flags):
     args = revise.get_args(["--model", "m", "--rollouts", "r", "--out", "o", *flags])
     assert isinstance(args, argparse.Namespace)

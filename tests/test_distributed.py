@@ -62,7 +62,8 @@ BUDGETS = {1: 1, 2: 24, 4: 48}  # largest micro-batch of SIZES in rows (one alon
 
 
 def write_gradients(out, model_dir, shard):
-    """Summed gradients of the mean cross-entropy, by number of rows and largest micro-batch; activations recomputed for 2."""
+    """Summed gradients of the mean cross-entropy, by number of rows and largest micro-batch;
+    activations recomputed for 2."""
     args = sft_args(model_dir, "d", out, "--shard", shard, "--dtype", "float32")
     model, _, _ = training.load_model(args, torch.device("cpu"), train=True)
     for count in (5, 3, 1):  # with 1 a process has no row, with 3 their numbers of micro-batches differ
@@ -120,10 +121,11 @@ def test_the_head_never_has_logits_of_more_than_a_chunk_of_rows():
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
 def test_padding_is_at_most_a_tenth_on_skewed_lengths(seed, sigma):
-    """512 prompts of 8 responses on 8 processes; responses are log-normal with a median of 600 and at most 8,192 tokens."""
+    """512 prompts of 8 responses on 8 processes;
+    responses are log-normal with a median of 600 and at most 8,192 tokens."""
     rng = random.Random(seed)
-    rows = [{"prompt_ids": [5] * rng.randint(60, 250), "response_ids": [6] * min(8192, int(rng.lognormvariate(6.4, sigma)))}
-            for _ in range(512)]
+    rows = [{"prompt_ids": [5] * rng.randint(60, 250),
+             "response_ids": [6] * min(8192, int(rng.lognormvariate(6.4, sigma)))} for _ in range(512)]
     lengths = [len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows]
     padded = sum(len(b) * max(lengths[i] for i in b) for b in training.micro_batches(rows, 16384))
     assert sum(lengths) < padded <= 1.10 * sum(lengths)
@@ -135,7 +137,8 @@ def compare_actor(model_dir, dtype):
     device = torch.device("cpu")
     model, _, _ = training.load_model(args, device, train=True)
     assert all(p.dtype == torch.float32 and p.to_local().numel() < p.numel() for p in model.parameters())
-    actor, optimizer, rows = training.load_actor(model, args, device), training.make_optimizer(model, args), make_rows(SIZES)
+    actor, optimizer, rows = (training.load_actor(model, args, device), training.make_optimizer(model, args),
+                              make_rows(SIZES))
     assert {p.dtype for p in actor.parameters()} == {getattr(torch, dtype)}
     ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["response_ids"]])
     seen = []
@@ -150,7 +153,7 @@ def compare_actor(model_dir, dtype):
         training.apply_gradients(model, optimizer, 1.0)
         training.refresh(actor, model)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-    count = sum(p.numel() for p in model.parameters())  # whole; of it each process holds half, in float32, and of its moments
+    count = sum(p.numel() for p in model.parameters())  # whole; a process holds half, in float32, and of its moments
     held = [sum(t.to_local().nbytes for t in ts) for ts in (
         model.parameters(), *([s[key] for s in optimizer.state.values()] for key in ("exp_avg", "exp_avg_sq")))]
     assert held == [4 * count // 2] * 3
@@ -175,7 +178,8 @@ def test_the_memory_formula_is_what_autograd_keeps(family, tied):
         for checkpointed in (False, True):
             with common.checkpointed(model, checkpointed):
                 kept = tools.saved_bytes(model, training.response_logprobs, model, rows)
-            assert memory.activation_bytes(model.config, dtype.itemsize, 600, 420, checkpointed) == pytest.approx(kept, rel=0.06)
+            assert memory.activation_bytes(
+                model.config, dtype.itemsize, 600, 420, checkpointed) == pytest.approx(kept, rel=0.06)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -188,8 +192,8 @@ def sft_data(tmp_path_factory):
 def straight(tmp_path_factory, model_dir, sft_data):
     """One plain process, and the flags of its run."""
     out = tmp_path_factory.mktemp("straight") / "o"
-    flags = ["--model", model_dir, "--data", sft_data, "--device", "cpu", "--batch-size", 3, "--steps", 5, "--save-every", 2,
-             "--micro-batch-tokens", 12]
+    flags = ["--model", model_dir, "--data", sft_data, "--device", "cpu", "--batch-size", 3, "--steps", 5,
+             "--save-every", 2, "--micro-batch-tokens", 12]
     stage("train_sft.py", *flags, "--out", out)
     return out, flags
 
@@ -225,10 +229,11 @@ def test_sharded_opsd_has_the_losses_of_one_plain_process(tmp_path, model_dir):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path, model_dir, processes):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py")
-    train(model_dir, data, tmp_path / "o", verifier, "--steps", 2, "--lr", "0.001", "--dtype", "bfloat16", "--group-size", 8,
-          processes=processes)
+    train(model_dir, data, tmp_path / "o", verifier, "--steps", 2, "--lr", "0.001", "--dtype", "bfloat16",
+          "--group-size", 8, processes=processes)
     first, second = read(tmp_path / "o" / "metrics.jsonl")
-    assert first["kl"] == 0 < second["kl"] and first["grad_norm"] > 0  # the reference is the policy to the last bit, at first
+    # the reference is the policy to the last bit, at first
+    assert first["kl"] == 0 < second["kl"] and first["grad_norm"] > 0
     trained = load_file(tmp_path / "o" / "model" / "model.safetensors")
     assert all(v.dtype == torch.float32 for v in trained.values())
     assert any(not torch.equal(v, v.bfloat16().float()) for v in trained.values())  # master weights are finer
@@ -241,7 +246,8 @@ def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir, sft_data):
 
 
 @pytest.mark.parametrize("dtype,device,world,expected", [
-    ("float32", "cpu", 1, False), ("float32", "cpu", 2, False), ("float32", "cuda", 1, False), ("float32", "cuda", 2, True),
+    ("float32", "cpu", 1, False), ("float32", "cpu", 2, False),
+    ("float32", "cuda", 1, False), ("float32", "cuda", 2, True),
     ("bfloat16", "cpu", 1, True), ("bfloat16", "cuda", 1, True), ("bfloat16", "cuda", 8, True)])
 def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, device, world, expected):
     monkeypatch.setattr(common, "world_size", lambda: world)
@@ -285,7 +291,8 @@ def step_and_save(out, model_dir, shard, resume):
 
 @pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on"))], ids=str)
 def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
-    """Of five processes the last holds no row of the 8 of a head's norm. Files are bounded, and transformers loads them."""
+    """Of five processes the last holds no row of the 8 of a head's norm.
+    Files are bounded, and transformers loads them."""
     tiny_model("qwen3", tied=False).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     on_processes(before[0], tmp_path, step_and_save, tmp_path, tmp_path / "m", before[1], False)
@@ -297,7 +304,8 @@ def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
     for stem in ("model", "optimizer"):
         files = list(first.glob(f"{stem}*.safetensors"))
         biggest = max(t.nbytes for f in files for t in load_file(f).values())
-        assert len(files) > 1 and max(sum(t.nbytes for t in load_file(f).values()) for f in files) <= max(20_000, biggest)
+        assert (len(files) > 1
+                and max(sum(t.nbytes for t in load_file(f).values()) for f in files) <= max(20_000, biggest))
     for path in sorted(last.iterdir()):
         path.unlink()
     last.rmdir()

@@ -119,7 +119,8 @@ def test_results_equal_a_recount_from_the_saved_samples(finished):
     for model in ("qwen2", "other"):  # the paper's avg: the mean over the problem sets
         of = [r for r in results if r["model"] == model]
         for column, k in enumerate(("1", "3")):
-            assert float(cells[model][4 + column].strip(" |")) == pytest.approx(50 * sum(r["pass"][k] for r in of), abs=0.006)
+            assert float(cells[model][4 + column].strip(" |")) == pytest.approx(
+                50 * sum(r["pass"][k] for r in of), abs=0.006)
     for r in results:
         rows = read(out / r["model"] / r["data"] / "rollouts.jsonl")
         assert len(rows) == 4 * r["problems"] == 4 * {"one": 5, "two": 3}[r["data"]]
@@ -191,7 +192,8 @@ def small(tmp_path, monkeypatch):
 
 def evaluate(path, model_dir, *flags):
     return evaluation.main(evaluation.get_args(list(map(str, [
-        "--model", model_dir, "-n", 2, "--k", 1, "--max-new-tokens", 4, "--device", "cpu", "--out", path / "out", *flags]))))
+        "--model", model_dir, "-n", 2, "--k", 1, "--max-new-tokens", 4, "--device", "cpu", "--out", path / "out",
+        *flags]))))
 
 
 def test_table_has_the_six_sets_of_the_paper_at_their_published_sizes():
@@ -200,7 +202,8 @@ def test_table_has_the_six_sets_of_the_paper_at_their_published_sizes():
 
 
 def test_a_set_from_a_folder_has_stable_ids_and_text_answers(small):
-    expected = [{"id": f"one-{i + 1}", "problem": f"What is {i} plus {i}, please?", "answer": f"{2.0 * i}"} for i in range(3)]
+    expected = [{"id": f"one-{i + 1}", "problem": f"What is {i} plus {i}, please?", "answer": f"{2.0 * i}"}
+                for i in range(3)]
     assert benchmarks.load("one", small) == expected
     ours = [{"id": "x", "problem": r["problem"], "answer": r["answer"]} for r in expected]  # in our field names
     (small / "one.jsonl").write_text("".join(map(common.to_line, ours)))
@@ -216,7 +219,8 @@ def test_a_download_asks_the_hub_for_the_file_of_the_table(small, monkeypatch):
 
 
 def test_a_failed_download_names_the_flag_and_the_way_out(small):
-    with pytest.raises(common.UserError, match=r"--benchmarks one: test\.jsonl of hub/one cannot be downloaded .*--benchmark-dir"):
+    with pytest.raises(common.UserError,
+                       match=r"--benchmarks one: test\.jsonl of hub/one cannot be downloaded .*--benchmark-dir"):
         benchmarks.load("one")  # HF_HUB_OFFLINE is set: nothing is looked for
 
 
@@ -235,10 +239,12 @@ def test_parquet_goes_through_datasets_or_says_that_it_is_missing(small, monkeyp
 def test_a_real_parquet_file_is_read_where_datasets_is_installed(small, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="optional: only for test sets that the hub has as parquet")
     (small / "data").mkdir()
-    datasets.Dataset.from_list([{"problem": "a", "final_answer": ["1"], "image": None},
-                                {"problem": "b", "final_answer": ["2"], "image": None}]).to_parquet(small / "data/two.parquet")
+    datasets.Dataset.from_list([
+        {"problem": "a", "final_answer": ["1"], "image": None},
+        {"problem": "b", "final_answer": ["2"], "image": None}]).to_parquet(small / "data/two.parquet")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub, file, repo_type: str(small / file))
-    assert benchmarks.load("two") == [{"id": "two-1", "problem": "a", "answer": "1"}, {"id": "two-2", "problem": "b", "answer": "2"}]
+    assert benchmarks.load("two") == [{"id": "two-1", "problem": "a", "answer": "1"},
+                                      {"id": "two-2", "problem": "b", "answer": "2"}]
     (small / "data/two.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(common.UserError, match=r"two\.parquet: cannot be read"):
         benchmarks.load("two")
@@ -247,8 +253,10 @@ def test_a_real_parquet_file_is_read_where_datasets_is_installed(small, monkeypa
 @pytest.mark.parametrize("text,message", [
     ("", r"one\.jsonl: one has 3 problems, and this file 0"),
     ('{"question": "a", "answer": 1}\n' * 4, r"one\.jsonl: one has 3 problems, and this file 4"),
-    ('{"question": "a", "answer": 1}\n' * 2 + '{"question": "a"}\n', r"one\.jsonl: record 3: no 'question' and 'answer'"),
-    ('{"question": "a", "answer": 1}\n' * 2 + '{"question": " ", "answer": 1}\n', r"one\.jsonl: record 3: no 'question'"),
+    ('{"question": "a", "answer": 1}\n' * 2 + '{"question": "a"}\n',
+     r"one\.jsonl: record 3: no 'question' and 'answer'"),
+    ('{"question": "a", "answer": 1}\n' * 2 + '{"question": " ", "answer": 1}\n',
+     r"one\.jsonl: record 3: no 'question'"),
     ('{"question": "a", "answer": ["1", "2"]}\n' * 3, r"one\.jsonl: record 1: no 'question'"),
     ('{"question": "a", "answer": true}\n' * 3, r"one\.jsonl: record 1: no 'question'")])
 def test_a_set_of_another_size_or_without_its_fields_is_refused(small, text, message):
@@ -261,7 +269,8 @@ def test_a_set_of_another_size_or_without_its_fields_is_refused(small, text, mes
     (["--benchmarks", "math"], "--benchmarks math: not among one, two"),
     (["--benchmarks", "one,one", "--benchmark-dir", "."], "--benchmarks one: the name is taken"),
     (["--benchmarks", "one", "--benchmark-dir", ".", "--data", "one.jsonl"], "--benchmarks one: the name is taken"),
-    (["--benchmarks", "two", "--benchmark-dir", "."], r"two\.jsonl: cannot be read"), ([], "--data or --benchmarks is needed"),
+    (["--benchmarks", "two", "--benchmark-dir", "."], r"two\.jsonl: cannot be read"),
+    ([], "--data or --benchmarks is needed"),
     (["--benchmarks", "one", "--benchmark-dir", ".", "--overlap", "nope.jsonl"], r"nope\.jsonl: cannot be read")])
 def test_wrong_names_are_refused_before_anything_is_written(small, model_dir, monkeypatch, flags, message):
     monkeypatch.chdir(small)
@@ -274,7 +283,8 @@ def test_wrong_names_are_refused_before_anything_is_written(small, model_dir, mo
 
 def test_sets_by_name_are_evaluated_like_files_and_overlap_is_counted_on_the_whole_set(small, model_dir, capsys):
     wrapped = test_stages.WRAPPER.format("what is $2$ plus $\\,2$, please")
-    train = [{"prompt": [{"role": "user", "content": wrapped}]}, {"problem": "Say: what is 0 plus 0, please? As an integer."}]
+    train = [{"prompt": [{"role": "user", "content": wrapped}]},
+             {"problem": "Say: what is 0 plus 0, please? As an integer."}]
     (small / "train.jsonl").write_text("".join(map(common.to_line, train)))
     results = evaluate(small, model_dir, "--benchmarks", "one", "--benchmark-dir", small, "--limit", 2,
                        "--data", write_problems(small / "d.jsonl", 3), "--overlap", small / "train.jsonl")
@@ -301,7 +311,8 @@ def test_sets_by_name_are_evaluated_like_files_and_overlap_is_counted_on_the_who
 
 
 @pytest.mark.parametrize("one,other,same", [
-    ("Find $x$ if  $x^2\\,=4$.", "find \\(x\\) if\n\\(x^2 = 4\\)", True), (r"$\left(\dfrac12\right)$", r"$(\frac12)$", True),
+    ("Find $x$ if  $x^2\\,=4$.", "find \\(x\\) if\n\\(x^2 = 4\\)", True),
+    (r"$\left(\dfrac12\right)$", r"$(\frac12)$", True),
     ("Find $x+1$", "Find $x-1$", True),  # what ignoring signs costs
     ("Find $x^2$", "Find $x^3$", False), (r"\text{cm}", r"\textbf{cm}", False), ("\u4e8c", "\u4e09", False)])
 def test_what_counts_as_the_same_problem(one, other, same):
@@ -310,10 +321,12 @@ def test_what_counts_as_the_same_problem(one, other, same):
 
 def test_a_problem_inside_a_longer_one_counts_when_it_is_long_enough_and_never_across_two():
     long = "How many squares fit into the rectangle of the figure?"
-    problems = [{"id": "a", "problem": long}, {"id": "b", "problem": "Find x."}, {"id": "c", "problem": f"{long} And more?"}]
+    problems = [{"id": "a", "problem": long}, {"id": "b", "problem": "Find x."},
+                {"id": "c", "problem": f"{long} And more?"}]
     training = {benchmarks.plain(p) for p in (f"{long} Answer as an integer.", "Find x. And y.", "And more?")}
     assert benchmarks.overlap(problems, training) == {"equal": [], "contained": ["a"]}
-    assert benchmarks.overlap(problems, training | {benchmarks.plain("Find x.")}) == {"equal": ["b"], "contained": ["a", "b"]}
+    assert benchmarks.overlap(problems, training | {benchmarks.plain("Find x.")}) == {
+        "equal": ["b"], "contained": ["a", "b"]}
 
 
 def test_the_papers_average_is_over_its_four_sets():

@@ -1,6 +1,7 @@
 """Faults, hostile data and hostile models: the rows of the table in README "Reliability", a test each.
 
-Files are compared byte for byte with those of an undisturbed run, times left out. tests/soak.py kills at random moments.
+Files are compared byte for byte with those of an undisturbed run, times left out.
+tests/soak.py kills at random moments.
 """
 import argparse
 import json
@@ -62,9 +63,11 @@ class World:
                                    "--batch-size", 3]
 
     def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(), **env: str) -> list:
-        """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time. more: flags."""
+        """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time.
+        more: flags."""
         argv = [*map(str, [*self.flags[name], *more]), "--out", str(out)]
-        return launch(processes, child, lambda r, group: (f"{name}.py", argv, f"{self.path}/log.{r}", env | group, kill_at))
+        return launch(processes, child,
+                      lambda r, group: (f"{name}.py", argv, f"{self.path}/log.{r}", env | group, kill_at))
 
     def run(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(),
             **env: str) -> tuple[list[int], list[str]]:
@@ -87,7 +90,8 @@ class World:
 
 
 def files(out: Path) -> dict[str, bytes | list]:
-    """Every file under a folder but run.json, which has the time and the command; times are taken out of the metrics."""
+    """Every file under a folder but run.json, which has the time and the command;
+    times are taken out of the metrics."""
     def content(p: Path) -> bytes | list:
         data = p.read_bytes()
         return without_seconds(read(p)) if p.name == "metrics.jsonl" and data.endswith(b"\n") else data
@@ -107,7 +111,8 @@ def world(tmp_path_factory, model_dir):
 
 # --- kills, torn and damaged files ------------------------------------------------------------------------------------
 # Files change (conftest.die_at) at no fewer moments of rank 0, however the work is shared; the first two make run.json
-@pytest.mark.parametrize("name,last", [("rollout", 8), ("revise", 8), ("train_sft", 14), ("train_grpo", 11), ("eval", 10)])
+@pytest.mark.parametrize("name,last", [
+    ("rollout", 8), ("revise", 8), ("train_sft", 14), ("train_grpo", 11), ("eval", 10)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_and_the_same_command_gives_the_same_bytes(tmp_path, world, name, last, processes):
     moment = random.Random(f"{name} {processes}").randint(3, last)
@@ -131,9 +136,10 @@ def test_a_part_file_cut_at_any_byte_keeps_its_whole_lines_alone(tmp_path):
 
 
 def test_leftover_temporary_files_are_written_over(tmp_path, world):
-    for name, kill_at, leftovers in [("train_sft", 8, ["checkpoint.tmp/model.safetensors", "checkpoint.tmp/more",
-                                                       "model.tmp/model.safetensors", "model.tmp/more", "metrics.jsonl.tmp"]),
-                                     ("rollout", 7, ["rollouts.jsonl.tmp", "zero_hit.jsonl.tmp", "summary.json.tmp"])]:
+    for name, kill_at, leftovers in [
+            ("train_sft", 8, ["checkpoint.tmp/model.safetensors", "checkpoint.tmp/more", "model.tmp/model.safetensors",
+                              "model.tmp/more", "metrics.jsonl.tmp"]),
+            ("rollout", 7, ["rollouts.jsonl.tmp", "zero_hit.jsonl.tmp", "summary.json.tmp"])]:
         world.run(name, tmp_path / name, kill_at=kill_at)
         for leftover in leftovers:
             (tmp_path / name / leftover).parent.mkdir(exist_ok=True)
@@ -163,7 +169,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world
             checkpoints.load(tmp_path / "o", tiny_model("qwen2"), None)
         if kind == "a cut model":
             codes, errors = world.run("train_sft", tmp_path / "o")
-            assert codes == [2] and re.match(r"train_sft\.py: error: .*checkpoint-000004: damaged", last_line(errors[0]))
+            assert codes == [2] and re.match(
+                r"train_sft\.py: error: .*checkpoint-000004: damaged", last_line(errors[0]))
         assert files(tmp_path / "o") == before
         path.write_bytes(data)
     assert files(tmp_path / "o") == files(whole)
@@ -228,7 +235,8 @@ def disk(tmp_path):
     path.mkdir()
 
     def mount(options: str) -> Path:
-        result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
+        result = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
         if result.returncode:
             pytest.skip("mounting a small disk takes root")
         return path
@@ -239,13 +247,16 @@ def disk(tmp_path):
         subprocess.run(["umount", path], capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("name,size,processes", [("rollout", "12k", 1), ("rollout", "12k", 2), ("train_sft", "200k", 1)])
+@pytest.mark.parametrize("name,size,processes", [
+    ("rollout", "12k", 1), ("rollout", "12k", 2), ("train_sft", "200k", 1)])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(disk, world, name, size, processes):
     out = disk(f"size={size}") / "o"
     codes, errors = world.run(name, out, processes)
     assert 2 in codes and 0 not in codes, errors
-    full, lost = rf"{name}\.py: error: .*No space left on device.*", rf"{name}\.py: rank (0 stops: rank 1|1 stops: rank 0) .*"
-    assert all(re.fullmatch(full if code == 2 else lost, last_line(error)) for code, error in zip(codes, errors)), errors
+    full, lost = (rf"{name}\.py: error: .*No space left on device.*",
+                  rf"{name}\.py: rank (0 stops: rank 1|1 stops: rank 0) .*")
+    assert all(re.fullmatch(full if code == 2 else lost, last_line(error))
+               for code, error in zip(codes, errors)), errors
     disk("remount,size=8m")
     world.finishes_like_an_undisturbed_run(name, out, processes)
 
@@ -257,11 +268,12 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, disk, world):
     disk("remount,ro")
     for name in ("new", "begun"):
         codes, errors = world.run("rollout", tmp_path / "disk" / name)
-        assert codes == [2] and re.fullmatch(r"rollout\.py: error: .*Read-only file system.*", last_line(errors[0])), errors
+        assert codes == [2] and re.fullmatch(
+            r"rollout\.py: error: .*Read-only file system.*", last_line(errors[0])), errors
     assert files(tmp_path / "disk") == before
 
 
-# --- signals, and processes that die or hang ----------------------------------------------------------------------------
+# --- signals, and processes that die or hang --------------------------------------------------------------------------
 @pytest.mark.parametrize("name,number,code", [*[(name, signal.SIGINT, 130) for name in SAMPLERS],
                                               ("rollout", signal.SIGTERM, -15), ("train_grpo", signal.SIGTERM, -15)])
 def test_ctrl_c_and_sigterm_in_mid_step_leave_a_run_to_continue(tmp_path, world, name, number, code):
@@ -274,7 +286,8 @@ def test_ctrl_c_and_sigterm_in_mid_step_leave_a_run_to_continue(tmp_path, world,
     world.finishes_like_an_undisturbed_run(name, tmp_path / "o")
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)],
+                         ids=["Ctrl-C", "SIGTERM"])
 def test_the_same_in_the_middle_of_supervised_training(tmp_path, world, number, code):
     process, = world.start("train_sft", tmp_path / "o", more=["--steps", 80])
     while process.is_alive() and not list(tmp_path.glob("o/checkpoint-*")):
@@ -306,7 +319,8 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(tmp_path, world,
     assert codes == [1] * len(others)
     for r in others:
         said = last_line(Path(f"{world.path}/log.{r}.2").read_text())
-        assert said.startswith(f"{name}.py: rank {r} stops: rank {0 if r else lost}") and said.endswith("; the same command continues")
+        assert (said.startswith(f"{name}.py: rank {r} stops: rank {0 if r else lost}")
+                and said.endswith("; the same command continues"))
     world.finishes_like_an_undisturbed_run(name, tmp_path / "o", processes)
 
 
@@ -337,7 +351,8 @@ def test_a_timeout_that_is_no_number_of_seconds(monkeypatch, seconds):
 # --- malformed input, beside tests/test_inputs.py ---------------------------------------------------------------------
 BAD_ROLLOUTS = {  # a record, the error it gives
     "not an object": ("[1]", "not a record"), "text": ('"x"', "not a record"), "null": ("null", "not a record"),
-    "torn": ('{"id": "p1", "samp', "not a record"), "empty line": ("", "not a record"), "deep": ("[" * 100_000, "not a record"),
+    "torn": ('{"id": "p1", "samp', "not a record"), "empty line": ("", "not a record"),
+    "deep": ("[" * 100_000, "not a record"),
     "list as id": ({"id": [1]}, "not a record"), "list as sample": ({"sample": [0]}, "not a record"),
     "no id": ({"id": ...}, "no field 'id'"),
     "no prompt": ({"prompt_ids": ...}, "no field 'prompt_ids'"), "no reward": ({"reward": ...}, "no field 'reward'"),
@@ -347,7 +362,8 @@ BAD_ROLLOUTS = {  # a record, the error it gives
     **{f"reward {v!r}": ({"reward": v}, "reward not 0 or 1") for v in (None, "0", 2, 0.5, [0], float("nan"))},
     **{f"answer {v!r}": ({"answer": v}, "answer not text") for v in (None, 5, [], ["5"], {})},
     **{f"answer {v!r}": ({"answer": v}, "has no tokens under the tokenizer") for v in ("", "\ud800")},
-    **{f"prompt {v!r}": ({"prompt_ids": v}, "'prompt_ids' is not a list of token ids") for v in ([], [-1], [160], [10**30], [True], "ab")},
+    **{f"prompt {v!r}": ({"prompt_ids": v}, "'prompt_ids' is not a list of token ids")
+       for v in ([], [-1], [160], [10**30], [True], "ab")},
     **{f"response {v!r}"[:40]: ({"response_ids": v}, "(not a record|'response_ids' is not a list of token ids)")
        for v in (5, None, {"a": 1, "b": 2, "c": 3}, [[7]] * 10, [None] * 10)}}
 
@@ -476,8 +492,9 @@ def test_empty_responses_and_nothing_to_learn_from(desk, name):  # noqa: F811
         assert metrics["zero_hit"] == 1 and metrics["rescued"] == metrics["reward"] == metrics["grad_norm"] == 0
 
 
-# --- hostile text and hostile models -------------------------------------------------------------------------------------
-HOSTILE = ["../../x", "/tmp/x", "\x1b[2J\x1b]0;x\x07", "a\nb\r\u2028\u0085c", "<script>alert(1)</script>", '"}\n{"id": 1', "\x00", "NaN", "~", "\ud800"]
+# --- hostile text and hostile models ----------------------------------------------------------------------------------
+HOSTILE = ["../../x", "/tmp/x", "\x1b[2J\x1b]0;x\x07", "a\nb\r\u2028\u0085c", "<script>alert(1)</script>",
+           '"}\n{"id": 1', "\x00", "NaN", "~", "\ud800"]
 
 
 def test_hostile_ids_problems_and_golds_go_through_as_text(tmp_path, world):
@@ -487,7 +504,8 @@ def test_hostile_ids_problems_and_golds_go_through_as_text(tmp_path, world):
     data.write_text("".join(common.to_line({"id": i, "problem": t, "answer": f"5{t}"}) for i, t in zip(HOSTILE, texts)))
     folder.mkdir()
     before = {p for p in tmp_path.parent.rglob("*") if p.is_file()}
-    for name, more in [("rollout", ["--data", data]), ("revise", ["--rollouts", folder / "rollout"]), ("eval", ["--data", data])]:
+    for name, more in [("rollout", ["--data", data]), ("revise", ["--rollouts", folder / "rollout"]),
+                       ("eval", ["--data", data])]:
         codes, errors = world.run(name, folder / name, more=more)
         assert codes == [0], errors
         shown = errors[0] + Path(f"{world.path}/log.0.1").read_text()
@@ -495,7 +513,8 @@ def test_hostile_ids_problems_and_golds_go_through_as_text(tmp_path, world):
     new = {p for p in tmp_path.parent.rglob("*") if p.is_file()} - before
     assert all(p.is_relative_to(folder) or p.parent == world.path and p.name.startswith("log.") for p in new)
     rows = [json.loads(line) for line in (folder / "rollout/rollouts.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert [(r["id"], r["answer"]) for r in rows] == [pair for pair in zip(HOSTILE, [f"5{t}" for t in texts]) for _ in range(2)]
+    assert [(r["id"], r["answer"]) for r in rows] == [
+        pair for pair in zip(HOSTILE, [f"5{t}" for t in texts]) for _ in range(2)]
     tried = read(folder / "revise/revised.jsonl")
     assert "\ud800" in {r["id"] for r in tried}
     for r in tried:
@@ -517,10 +536,12 @@ def test_hostile_file_names_in_an_error_stay_one_printable_line(desk):  # noqa: 
 WRONG = [None, True, -1, 1.5, "x", "", [], {}, ["x"], [[1]], 10**30, [10**30], [-1], "\ud800", "\x1b[2J\n"]
 
 
-@pytest.mark.parametrize("field", ["prefix_ids", "projected_ids", "prefix_file", "gammas", "gaps", "losses", "kept", "answer",
-                                   "recovered", "continuations", "sample", "passes"])
+@pytest.mark.parametrize("field", [
+    "prefix_ids", "projected_ids", "prefix_file", "gammas", "gaps", "losses", "kept", "answer", "recovered",
+    "continuations", "sample", "passes"])
 @pytest.mark.parametrize("html", [False, True], ids=["text", "html"])
-def test_show_says_what_it_cannot_read_and_shows_the_rest_as_text(tmp_path, model_dir, monkeypatch, capsys, field, html):
+def test_show_says_what_it_cannot_read_and_shows_the_rest_as_text(
+        tmp_path, model_dir, monkeypatch, capsys, field, html):
     model = common.load_model(type("", (), {"model": str(model_dir), "dtype": "float32"}), torch.device("cpu"))
     monkeypatch.setattr(common, "load_model", lambda *_: model)
     file, page = tmp_path / "revised.jsonl", tmp_path / "p.html"
@@ -545,7 +566,8 @@ def test_code_that_comes_with_a_model_is_never_run(desk):  # noqa: F811
     for file in ("config.json", "tokenizer_config.json"):
         settings = json.loads((path / file).read_text())
         (path / file).write_text(json.dumps(settings | {"auto_map": {
-            "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", "evil.Model"]}}))
+            "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model",
+            "AutoTokenizer": ["evil.Model", "evil.Model"]}}))
     desk.run("rollout", {"--model": path})
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
@@ -559,8 +581,8 @@ SOURCES = sorted(ROOT.glob("*.py"))
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_no_source_unpickles_runs_text_or_trusts_remote_code(path):
     text = path.read_text()
-    for pattern in (r"trust_remote_code\s*=\s*(?!False)", r"(?<![.\w])(eval|exec|compile)\(", r"\bpickle\b(?!d)", r"torch\.load\(",
-                    r"weights_only=False", r"shell=True", r"os\.system"):
+    for pattern in (r"trust_remote_code\s*=\s*(?!False)", r"(?<![.\w])(eval|exec|compile)\(", r"\bpickle\b(?!d)",
+                    r"torch\.load\(", r"weights_only=False", r"shell=True", r"os\.system"):
         assert not re.search(pattern, text.replace("no pickle", "")), pattern
 
 
@@ -571,7 +593,7 @@ def test_the_model_is_loaded_from_safetensors_and_without_its_code():
     assert "use_safetensors=True" in text
 
 
-# --- what a result depends on ------------------------------------------------------------------------------------------
+# --- what a result depends on -----------------------------------------------------------------------------------------
 def test_a_run_needs_no_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     common.start_run(tmp_path / "o", argparse.Namespace(seed=0))

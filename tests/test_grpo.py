@@ -1,4 +1,5 @@
-"""train_grpo.py's other algorithms and what a training run reports, and train_sft.py --mix, against hand computations."""
+"""train_grpo.py's other algorithms and what a training run reports, and train_sft.py --mix,
+against hand computations."""
 import argparse
 import math
 import re
@@ -32,10 +33,12 @@ NEVER = "def verify(response, gold):\n    return False\n"
 
 
 def make_rows(sizes, seed=0):
-    """Rows whose teacher prompt is longer than their prompt; the padding id, which is also EOS, is in some responses."""
+    """Rows whose teacher prompt is longer than their prompt;
+    the padding id, which is also EOS, is in some responses."""
     g = torch.Generator().manual_seed(seed)
     ids = lambda n: torch.randint(2, TOKENS, (n,), generator=g).tolist()
-    rows = [{"prompt_ids": ids(q), "teacher_ids": ids(q + 3), "response_ids": ids(n), "advantage": 0.0} for q, n in sizes]
+    rows = [{"prompt_ids": ids(q), "teacher_ids": ids(q + 3), "response_ids": ids(n), "advantage": 0.0}
+            for q, n in sizes]
     for row in rows[::2]:
         row["response_ids"][len(row["response_ids"]) // 2] = 1
     return rows
@@ -110,7 +113,8 @@ def kl(a, b):
 
 
 def literal_divergence(model, teacher, row, beta):
-    """The divergence at every response token, a forward each, full logits, as a differentiable sum of the definition."""
+    """The divergence at every response token, a forward each, full logits,
+    as a differentiable sum of the definition."""
     found = []
     for t in range(len(row["response_ids"])):
         seen = row["response_ids"][:t]
@@ -129,11 +133,12 @@ def test_opsd_divergence_and_gradient_equal_a_token_by_token_loop(family, tied, 
     model, teacher, rows = tiny_model(family, tied), tiny_model(family, tied, seed=5), make_rows(SIZES)
     sizes = []
     for m in (model, teacher):
-        m.get_output_embeddings().register_forward_hook(lambda _, inputs, out: sizes.append(inputs[0].shape[:-1].numel()))
+        m.get_output_embeddings().register_forward_hook(
+            lambda _, inputs, out: sizes.append(inputs[0].shape[:-1].numel()))
     weights = torch.linspace(-1, 2, sum(n for _, n in SIZES))
     divergence, _ = training.response_divergence(model, teacher, rows, beta, 0.0, head_rows)
     (weights * divergence).sum().backward()
-    assert max(sizes) <= min(head_rows, sum(n for _, n in SIZES))  # logits of no more rows at a time, in the backward too
+    assert max(sizes) <= min(head_rows, sum(n for _, n in SIZES))  # rows of logits at a time, in the backward too
     assert len(sizes) == 2 * 2 * math.ceil(30 / head_rows)  # forward and recomputed, student and teacher
     assert all(p.grad is None for p in teacher.parameters())
     ours = gradients(model)
@@ -173,7 +178,8 @@ def test_opsd_teacher_reads_the_problem_and_then_the_gold_answer_through_the_sam
     text = [(tokenizer.decode(p["prompt_ids"]), tokenizer.decode(p["teacher_ids"])) for p in problems]
     end = f"\n{rollout.INSTRUCTION}[assistant]"
     assert text[0] == (f"[user]1+1?{end}", rf"[user]1+1?{chr(10)}The answer is \frac{{4}}{{2}}.{end}")
-    assert text[1] == ("[system]Be brief.[user]3+4?[assistant]", "[system]Be brief.[user]3+4?\nThe answer is 7.[assistant]")
+    assert text[1] == ("[system]Be brief.[user]3+4?[assistant]",
+                       "[system]Be brief.[user]3+4?\nThe answer is 7.[assistant]")
     assert messages[1]["content"] == "3+4?"  # the student's prompt is left alone
 
 
@@ -188,11 +194,13 @@ def test_opsd_response_leaves_room_for_the_teachers_longer_prompt():
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--opsd-hint", "no"], "--opsd-hint 'no' has no {answer}"), (["--kl-coef", "0.1"], "--kl-coef does not go with --algo opsd"),
+    (["--opsd-hint", "no"], "--opsd-hint 'no' has no {answer}"),
+    (["--kl-coef", "0.1"], "--kl-coef does not go with --algo opsd"),
     (["--revise"], "--revise does not go with --algo opsd"), (["--opsd-beta", "1.5"], "--opsd-beta 1.5"),
     (["--opsd-beta", "nan"], "--opsd-beta nan"), (["--opsd-clip", "-1"], "--opsd-clip -1"),
-    (["--luffy-gamma", "0"], "--luffy-gamma 0"), (["--eval-every", "0"], "--eval-every 0"), (["--eval-n", "0"], "--eval-n 0"),
-    (["--sample-every", "-1"], "--sample-every -1"), (["--warn-after", "-1"], "--warn-after -1")])
+    (["--luffy-gamma", "0"], "--luffy-gamma 0"), (["--eval-every", "0"], "--eval-every 0"),
+    (["--eval-n", "0"], "--eval-n 0"), (["--sample-every", "-1"], "--sample-every -1"),
+    (["--warn-after", "-1"], "--warn-after -1")])
 def test_flags_that_make_no_sense_are_named(flags, message):
     with pytest.raises(common.UserError, match=re.escape(message)):
         train_grpo.check_args(grpo_args("--algo", "opsd", *flags))
@@ -205,7 +213,7 @@ def test_luffy_shaping_of_injected_tokens_equals_a_hand_computation():
     advantage = torch.tensor([1.5, 1.5, -2.0, 1.0, -0.5])
     shaped = torch.tensor([True, True, True, False, False])
     loss, _, clipped = train_grpo.policy_loss(logp, old.log(), None, advantage, 0.2, 0.2, 0.0, shaped, 0.1)
-    # f(p) A with f(x) = x / (x + 0.1), whatever the old probability; the others as ever: ratio 2 clipped at 1.2, ratio 1
+    # f(p) A with f(x) = x / (x + 0.1), whatever the old probability; others as ever: ratio 2 clipped at 1.2, ratio 1
     expected = [-1.5 * 0.9 / 1.0, -1.5 * 0.1 / 0.2, 2.0 * 0.01 / 0.11, -1.2, 0.5]
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
     assert clipped.tolist() == [False, False, False, True, False]
@@ -218,7 +226,8 @@ def test_luffy_shaping_of_injected_tokens_equals_a_hand_computation():
 @pytest.mark.parametrize("ratio", ["current", "luffy"])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_injected_ratio_in_the_update_equals_the_formula_differentiated(monkeypatch, ratio, updates):
-    args = grpo_args("--injected-ratio", ratio, "--kl-coef", 0, "--micro-batch-tokens", 30, "--luffy-gamma", 0.3, "--updates", updates)
+    args = grpo_args("--injected-ratio", ratio, "--kl-coef", 0, "--micro-batch-tokens", 30, "--luffy-gamma", 0.3,
+                     "--updates", updates)
     model, rows = tiny_model("qwen2"), make_rows(SIZES)
     for r, a in zip(rows, (1.5, -0.5, -0.5, -0.5, 1.0)):
         r["advantage"] = a
@@ -265,8 +274,8 @@ def test_sec36_groups_with_a_hit_are_never_revised(monkeypatch):
     def revise_batch(*_):
         raise AssertionError("revised")
     monkeypatch.setattr(train_grpo.revise, "revise_batch", revise_batch)
-    groups = [[{"id": g, "sample": s, "prompt_ids": [5], "response_ids": [6] * 10, "reward": int(s == 0)} for s in range(4)]
-              for g in range(3)]
+    groups = [[{"id": g, "sample": s, "prompt_ids": [5], "response_ids": [6] * 10, "reward": int(s == 0)}
+               for s in range(4)] for g in range(3)]
     assert train_grpo.rescue(None, None, 0, groups, (0, 1), grpo_args("--revise"), None) == (groups, 0)
 
 
@@ -303,7 +312,8 @@ def test_every_metric_equals_a_count_over_what_was_sampled_and_trained(tmp_path,
         assert m["tokens"] == sum(n for n, _ in tokens)
         assert m["injected_tokens"] == pytest.approx(sum(n for n, i in tokens if i) / m["tokens"])
         assert m["lr"] == 1e-5 and m["tokens_per_second"] > 0 and 0.05 < m["memory_gb"] < 100
-        assert all(m[k] >= 0 for k in ("kl", "clipped", "entropy", "grad_norm", "seconds_sample", "seconds_revise", "seconds_update"))
+        assert all(m[k] >= 0 for k in (
+            "kl", "clipped", "entropy", "grad_norm", "seconds_sample", "seconds_revise", "seconds_update"))
     samples = read(tmp_path / "o" / "samples.jsonl")
     assert {s["step"] for s in samples} == {1, 3}
     for s in samples:
@@ -322,8 +332,8 @@ def test_counts_of_a_step_are_over_all_its_rounds(monkeypatch):
     args = grpo_args("--algo", "dapo", "--batch-prompts", 1)
     groups, _, counts = train_grpo.collect(None, None, 0, [{"id": "a"}], 1, 0, args, None)
     assert [r["reward"] for r in groups[0]] == [1, 0]
-    for key, expected in {"groups": 2, "zero_hit": 1, "signal": 1, "sampled": 4, "hits": 1, "tokens": 18, "truncated": 2,
-                          "longest": 9, "kept": 1, "rescued": 0}.items():
+    for key, expected in {"groups": 2, "zero_hit": 1, "signal": 1, "sampled": 4, "hits": 1, "tokens": 18,
+                          "truncated": 2, "longest": 9, "kept": 1, "rescued": 0}.items():
         assert counts[key] == expected, key
 
 
@@ -344,8 +354,8 @@ def test_tensorboard_and_wandb_get_every_metric_of_every_step(tmp_path, model_di
     data = tmp_path / "rows.jsonl"
     data.write_text(common.to_line({"prompt_ids": [5, 6], "response_ids": [7, 1]}))
     train_sft.main(train_sft.get_args(list(map(str, [
-        "--model", model_dir, "--data", data, "--out", tmp_path / "o", "--steps", 2, "--batch-size", 1, "--device", "cpu",
-        "--tensorboard", "--wandb", "toy"]))))
+        "--model", model_dir, "--data", data, "--out", tmp_path / "o", "--steps", 2, "--batch-size", 1,
+        "--device", "cpu", "--tensorboard", "--wandb", "toy"]))))
     metrics = read(tmp_path / "o" / "metrics.jsonl")
     assert [c[1:] for c in calls if c[0] == "open"] == [(str(tmp_path / "o" / "tensorboard"), 1)]
     assert [c[1]["project"] for c in calls if c[0] == "init"] == ["toy"]
@@ -364,7 +374,8 @@ def test_a_logger_that_is_not_installed_is_one_line_naming_the_flag(monkeypatch,
 
 @pytest.mark.parametrize("warn_after,expected", [(2, 1), (0, 0), (9, 0)])
 def test_steps_without_any_signal_are_warned_of_once(tmp_path, model_dir, capsys, warn_after, expected):
-    train(*flags_for(model_dir, tmp_path, "--steps", 4, "--warn-after", warn_after, "--out", tmp_path / "o", verifier=NEVER))
+    train(*flags_for(model_dir, tmp_path, "--steps", 4, "--warn-after", warn_after, "--out", tmp_path / "o",
+                     verifier=NEVER))
     out, err = capsys.readouterr()
     assert (out + err).count("warning: no group of the last 2 steps") == expected
     assert all(m["signal"] == 0 for m in read(tmp_path / "o" / "metrics.jsonl"))
@@ -391,10 +402,12 @@ def test_evaluations_are_those_of_eval_py_on_the_first_and_the_last_model(tmp_pa
     assert rows[0]["eval_pass@1"] != rows[2]["eval_pass@1"]  # training changed something
     assert len(read(tmp_path / "o" / "eval" / "step-000004" / "rollouts.jsonl")) == 7 * 4
     train(*flags, "--out", tmp_path / "plain")  # looking does not change what is seen
-    assert (tmp_path / "o/model/model.safetensors").read_bytes() == (tmp_path / "plain/model/model.safetensors").read_bytes()
+    assert ((tmp_path / "o/model/model.safetensors").read_bytes()
+            == (tmp_path / "plain/model/model.safetensors").read_bytes())
 
 
-OPSD = ["--algo", "opsd", "--group-size", 1, "--steps", 5, "--save-every", 2, "--eval-every", 2, "--eval-n", 2, "--lr", 1e-3]
+OPSD = ["--algo", "opsd", "--group-size", 1, "--steps", 5, "--save-every", 2, "--eval-every", 2, "--eval-n", 2,
+        "--lr", 1e-3]
 
 
 @pytest.fixture(scope="module")
@@ -413,10 +426,10 @@ def test_opsd_moves_the_student_toward_the_teacher(straight_opsd, model_dir):
     assert any(not torch.equal(v, start[k]) for k, v in load_file(out / "model" / "model.safetensors").items())
 
 
-# Moments at which files change: 1-2 run.json; 3-5 evaluation 0 (part, merge before and after); 6 eval.jsonl; 7 step 1; 8
-# samples; 9 step 2; 10-11 checkpoint; 12-14 evaluation 2; 15 eval.jsonl; 16-17 steps 3, 4; 18-19 checkpoint; 20-22
-# evaluation 4; 23 eval.jsonl; 24 step 5; 25-26 the model. Continued from a checkpoint: 1-6 the three files are cut; (15, 8)
-# thus dies in writing the row of evaluation 2, then just after it
+# Moments at which files change: 1-2 run.json; 3-5 evaluation 0 (part, merge before and after); 6 eval.jsonl; 7 step 1;
+# 8 samples; 9 step 2; 10-11 checkpoint; 12-14 evaluation 2; 15 eval.jsonl; 16-17 steps 3, 4; 18-19 checkpoint;
+# 20-22 evaluation 4; 23 eval.jsonl; 24 step 5; 25-26 the model. Continued from a checkpoint: 1-6 the three files are
+# cut; (15, 8) thus dies in writing the row of evaluation 2, then just after it
 @pytest.mark.parametrize("kills", [(6, 3), (13, 5), (15, 8), (21, 6)], ids=str)
 def test_opsd_with_evaluations_killed_and_continued_gives_the_same_bytes(tmp_path, straight_opsd, kills):
     straight, flags = straight_opsd
@@ -466,9 +479,10 @@ def test_steps_is_free_until_the_run_is_finished(tmp_path, model_dir):
     train(*flags, "--steps", 5, "--out", tmp_path / "o")
     a, b = (tmp_path / name / "model" / "model.safetensors" for name in ("straight", "o"))
     assert a.read_bytes() == b.read_bytes()
-    assert without_seconds(read(tmp_path / "straight" / "metrics.jsonl")) == without_seconds(read(tmp_path / "o" / "metrics.jsonl"))
+    assert (without_seconds(read(tmp_path / "straight" / "metrics.jsonl"))
+            == without_seconds(read(tmp_path / "o" / "metrics.jsonl")))
     before = b.read_bytes()
-    train(*flags, "--steps", 4, "--out", tmp_path / "o")  # finished, and with no more asked for than it has: nothing to do
+    train(*flags, "--steps", 4, "--out", tmp_path / "o")  # finished, and asked for no more than it has: nothing to do
     with pytest.raises(common.UserError, match="--steps 6: .*finished after 5 steps"):
         train(*flags, "--steps", 6, "--out", tmp_path / "o")
     assert b.read_bytes() == before
@@ -481,7 +495,8 @@ def test_steps_lowered_to_the_checkpoint_gives_the_model_of_that_step(tmp_path, 
     stage("train_sft.py", *flags, "--steps", 2, "--out", tmp_path / "two")
     stage("train_sft.py", *flags, "--steps", 4, "--out", tmp_path / "o", kill_at=7)
     stage("train_sft.py", *flags, "--steps", 2, "--out", tmp_path / "o")
-    assert (tmp_path / "two/model/model.safetensors").read_bytes() == (tmp_path / "o/model/model.safetensors").read_bytes()
+    assert ((tmp_path / "two/model/model.safetensors").read_bytes()
+            == (tmp_path / "o/model/model.safetensors").read_bytes())
 
 
 # --- train_sft.py --mix -----------------------------------------------------------------------------------------------
@@ -490,7 +505,8 @@ def draw(rows, mixed, steps, size, ratio, seed=0):
     return [train_sft.draw_step(rows, mixed, step, args) for step in range(1, steps + 1)]
 
 
-@pytest.mark.parametrize("size,ratio", [(8, 0.5), (10, 0.3), (3, 0.5), (4, 0.1), (1, 0.25), (5, 0), (5, 1), (100, 0.29)])
+@pytest.mark.parametrize("size,ratio", [
+    (8, 0.5), (10, 0.3), (3, 0.5), (4, 0.1), (1, 0.25), (5, 0), (5, 1), (100, 0.29)])
 def test_mix_has_its_share_of_every_step_and_exactly_over_steps(size, ratio):
     batches = draw([f"d{i}" for i in range(7)], [f"m{i}" for i in range(4)], 40, size, ratio)
     counts = [sum(r[0] == "m" for r in b) for b in batches]
@@ -519,7 +535,8 @@ def test_mix_off_draws_what_was_drawn_before_there_was_one():
 def test_mix_trains_on_both_files_and_says_how_much(tmp_path, model_dir):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file, size in zip(files, (2, 6)):
-        file.write_text("".join(common.to_line({"prompt_ids": [5, i], "response_ids": [9] * size}) for i in range(7, 12)))
+        file.write_text("".join(common.to_line({"prompt_ids": [5, i], "response_ids": [9] * size})
+                                for i in range(7, 12)))
     flags = ["--model", model_dir, "--data", files[0], "--device", "cpu", "--batch-size", 4, "--steps", 2]
     for name, extra in {"mix": ["--mix", files[1], "--mix-ratio", 0.25], "plain": []}.items():
         train_sft.main(train_sft.get_args(list(map(str, [*flags, *extra, "--out", tmp_path / name]))))

@@ -40,7 +40,8 @@ SIZES = [[(3, 5, 4, 2)], [(3, 5, 4, 2), (7, 2, 1, 1), (1, 9, 6, 5)],
          [(2 + i, 3 + (5 * i) % 7, 1 + (3 * i) % 5, 1 + i % 3) for i in range(8)]]
 
 
-@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize("family,tied", [
+    ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("llama", False)])
 @pytest.mark.parametrize("sizes", SIZES, ids=["batch1", "batch3", "batch8"])
 @pytest.mark.parametrize("template", [TEMPLATE_IDS, []], ids=["template", "no-template"])
 def test_eq2_eq3_eq4_eq5_losses_and_gradient_equal_three_literal_passes(family, tied, sizes, template):
@@ -71,8 +72,9 @@ def test_eq6_oracle_equals_brute_force_over_allowed_rows():
     assert revise.oracle(G, W, allowed).tolist() == brute
 
 
-@pytest.mark.parametrize("metric,score", [("inner", lambda x, v: x @ v), ("cosine", lambda x, v: x @ v / x.norm() / v.norm()),
-                                          ("l2", lambda x, v: -(x - v).norm())])
+@pytest.mark.parametrize("metric,score", [
+    ("inner", lambda x, v: x @ v), ("cosine", lambda x, v: x @ v / x.norm() / v.norm()),
+    ("l2", lambda x, v: -(x - v).norm())])
 def test_eq8_projection_equals_brute_force(metric, score):
     g = torch.Generator().manual_seed(2)
     X, W = torch.randn(9, 8, generator=g), torch.randn(ROWS, 8, generator=g) * torch.rand(ROWS, 1, generator=g)
@@ -104,8 +106,8 @@ def literal_algorithm1(model, f, template, allowed, args):
     return trace
 
 
-@pytest.mark.parametrize("changes", [{}, {"alpha_guide": 0.0}, {"explore_weight": 0.0}, {"beta_nll": 0.0}, {"gamma0": 0.5}],
-                         ids=lambda c: "-".join(c) or "paper")
+@pytest.mark.parametrize("changes", [{}, {"alpha_guide": 0.0}, {"explore_weight": 0.0}, {"beta_nll": 0.0},
+                                     {"gamma0": 0.5}], ids=lambda c: "-".join(c) or "paper")
 def test_alg1_eq7_trace_equals_the_literal_algorithm(changes):
     model, batch, args = tiny_model("qwen2"), failures(SIZES[1]), revision_args(**changes)
     W, allowed = model.get_input_embeddings().weight.detach(), torch.arange(TOKENS)
@@ -154,7 +156,8 @@ def test_table3_adam_equals_torch_adam_and_leaves_the_hull():
 
 def test_checkpointed_activations_give_the_same_gradient():
     model, batch = tiny_model("qwen3"), failures(SIZES[1])
-    soft = torch.cat([revise.soft_prefix(model.get_input_embeddings().weight.detach(), f.atoms, f.weights) for f in batch])
+    soft = torch.cat([revise.soft_prefix(model.get_input_embeddings().weight.detach(), f.atoms, f.weights)
+                      for f in batch])
     tensors = packed.pack(batch, TEMPLATE_IDS, (1.0, 1.0, 0.1), False, soft.device)
     results = []
     for checkpoint in (False, True):
@@ -175,7 +178,8 @@ def test_no_tensor_of_rows_times_vocabulary_exists():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max([largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))])
+            largest = max([largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out)
+                                      if isinstance(t, torch.Tensor))])
             return out
 
     model, batch = tiny_model("qwen2"), failures([(5, 90, 30, 3)])
@@ -208,6 +212,7 @@ def test_eq7_weights_multiply_the_steps_out():
     torch.testing.assert_close(revise.soft_prefix(W, f.atoms, f.weights), E)
 
 
-@pytest.mark.parametrize("n,rho,expected", [(10, 0.8, 8), (9, 0.8, 7), (1, 0.8, 0), (5, 0.2, 1), (4, 0.2, 0), (2, 0.5, 1)])
+@pytest.mark.parametrize("n,rho,expected", [
+    (10, 0.8, 8), (9, 0.8, 7), (1, 0.8, 0), (5, 0.2, 1), (4, 0.2, 0), (2, 0.5, 1)])
 def test_sec3_cut_is_the_floor_of_rho_times_tokens(n, rho, expected):
     assert revise.cut([0] * n, rho) == expected

@@ -36,7 +36,8 @@ ENDS = [1, *range(60, 70)]  # about one token in 14: lengths differ much
 
 
 def watched(model, monkeypatch) -> dict:
-    """Counts of what a model is asked for: rows of each decoding step, rows prefilled, tokens that the cache has room for."""
+    """Counts of what a model is asked for: rows of each decoding step, rows prefilled,
+    tokens that the cache has room for."""
     seen = {"steps": [], "prefilled": 0, "room": []}
     prefill, update = sampling.prefill, sampling.SlotLayer.update
 
@@ -60,22 +61,23 @@ def test_greedy_tokens_equal_generate_while_slots_are_refilled(family, tied):
     model = tiny_model(family, tied)
     ours = draw(model, MANY, n=1, limit=90, temperature=0, eos=ENDS, vocab=160, slots=3)
     for p, (s,) in zip(MANY, ours):
-        assert s.ids == model.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False, max_new_tokens=90,
-                                       eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
+        assert s.ids == model.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False,
+                                       max_new_tokens=90, eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
 
 
 def test_greedy_tokens_equal_generate_with_a_sliding_window():
     model = tiny_model("qwen2")
-    config = model.config.to_dict() | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": [
-        "full_attention", "sliding_attention"]}
+    config = model.config.to_dict() | {
+        "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention"]}
     windowed = type(model)(type(model.config).from_dict(config)).eval()
     windowed.load_state_dict(model.state_dict())
     settings = {"n": 1, "limit": 40, "temperature": 0, "eos": ENDS, "vocab": 160, "slots": 4}
     ours = draw(windowed, MANY, **settings)
     assert ours != draw(model, MANY, **settings)  # the window matters
     for p, (s,) in zip(MANY, ours):
-        assert s.ids == windowed.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False, max_new_tokens=40,
-                                          eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
+        assert s.ids == windowed.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False,
+                                          max_new_tokens=40, eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
 
 
 def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
@@ -84,8 +86,8 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     limits = [5 + 9 * (i % 7) for i in range(len(MANY))]
 
     def texts(order, **kw):
-        found = rollout.sample(model, [MANY[i] for i in order], [keys[i] for i in order], [limits[i] for i in order], eos=ENDS,
-                               vocab=TOKENS, **kw)
+        found = rollout.sample(model, [MANY[i] for i in order], [keys[i] for i in order],
+                               [limits[i] for i in order], eos=ENDS, vocab=TOKENS, **kw)
         return {i: [(s.ids, s.finish) for s in x] for i, x in zip(order, found)}
 
     ordered, backwards = list(range(len(MANY))), list(range(len(MANY)))[::-1]
@@ -93,7 +95,7 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     assert {f for x in expected.values() for _, f in x} == {"eos", "length"}
     for slots in (1, 2, 5, 64):
         assert texts(backwards if slots == 5 else ordered, slots=slots) == expected
-    for more in ({}, {"slots": 5}, {"slots": 16, "max_tokens": 350}):  # free slots and columns out of sight change nothing
+    for more in ({}, {"slots": 5}, {"slots": 16, "max_tokens": 350}):  # free slots and unseen columns change nothing
         assert texts(ordered, fixed=True, **more) == expected
     put_back = []
     for budget in (130, 350, 1500):
@@ -192,7 +194,8 @@ def test_text_does_not_depend_on_batch_neighbours_or_number_of_samples():
     together = draw(model, PROMPTS, n=8, eos=[1, *range(60, 80)])
     for i, p in enumerate(PROMPTS):
         for s in range(8):
-            alone = rollout.sample(model, [p], [[rollout.row_key(0, i, s)]], [12], eos=[1, *range(60, 80)], vocab=TOKENS)
+            alone = rollout.sample(model, [p], [[rollout.row_key(0, i, s)]], [12], eos=[1, *range(60, 80)],
+                                   vocab=TOKENS)
             assert alone[0][0].ids == together[i][s].ids
     assert draw(model, PROMPTS, n=3)[2][1].ids == draw(model, PROMPTS, n=8)[2][1].ids
     assert draw(model, PROMPTS, seed=1)[0][0].ids != draw(model, PROMPTS, seed=2)[0][0].ids
@@ -208,8 +211,8 @@ def test_greedy_from_embeddings_equals_generate_with_inputs_embeds():
     model = tiny_model("qwen3", tied=False)
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)) * 0.3
     ours = draw(model, [x], n=1, limit=20, temperature=0, eos=[1], vocab=160)[0][0].ids
-    assert ours == model.generate(inputs_embeds=x[None], attention_mask=torch.ones(1, 9), do_sample=False, max_new_tokens=20,
-                                  eos_token_id=[1], pad_token_id=1)[0].tolist()
+    assert ours == model.generate(inputs_embeds=x[None], attention_mask=torch.ones(1, 9), do_sample=False,
+                                  max_new_tokens=20, eos_token_id=[1], pad_token_id=1)[0].tolist()
 
 
 def test_limits_are_per_prompt():
@@ -312,9 +315,9 @@ def test_chat_and_plain_prompts(tmp_path):
 
 
 def test_dapo_wrapper_is_replaced(tmp_path):
-    wrapped = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-               "$Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\nNote: x>0.\n\n"
-               "Remember to put your answer on its own line after \"Answer:\".")
+    wrapped = ("Solve the following math problem step by step. The last line of your response should be of the form "
+               "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\n"
+               "Note: x>0.\n\nRemember to put your answer on its own line after \"Answer:\".")
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"problem": wrapped, "answer": 3}) + "\n")
     assert rollout.read_problems(str(path), args_for(tmp_path)) == [
@@ -358,8 +361,8 @@ def counting_verifier(path, extra: str = "") -> str:
 
 
 def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir):
-    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 12), "-n", 2, "--max-new-tokens", 12, "--device",
-             "cpu", "--batch-size", 2]
+    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 12), "-n", 2,
+             "--max-new-tokens", 12, "--device", "cpu", "--batch-size", 2]
     stage("rollout.py", *flags, "--verifier", write_verifier(tmp_path / "v.py"), "--out", tmp_path / "a")
     slow = counting_verifier(tmp_path / "w.py", "time.sleep(0.3 * (RANK == '0'))")
     bar = stage("rollout.py", *flags, "--verifier", slow, "--out", tmp_path / "b", processes=2).stderr
@@ -373,12 +376,13 @@ def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir)
 
 @pytest.mark.parametrize("point,processes", [(6, 1), (19, 1), (3, 2)])
 def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, processes):
-    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 4), "-n", 5, "--max-new-tokens", 40, "--device",
-             "cpu", "--batch-size", 3, "--max-batch-tokens", 600]
+    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 4), "-n", 5, "--max-new-tokens", 40,
+             "--device", "cpu", "--batch-size", 3, "--max-batch-tokens", 600]
     verifier = counting_verifier(tmp_path / "v.py")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "a")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b", kill_at=point, processes=processes)
-    whole = {(r["id"], r["sample"]) for path in (tmp_path / "b").glob("rollouts*.*") for r in common.read_jsonl(path, drop_torn=True)}
+    whole = {(r["id"], r["sample"]) for path in (tmp_path / "b").glob("rollouts*.*")
+             for r in common.read_jsonl(path, drop_torn=True)}
     assert 0 < len(whole) < 20 or point > 10
     (tmp_path / "v.py.log").write_text("")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b")
@@ -388,6 +392,7 @@ def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, 
 
 
 def test_a_budget_that_cannot_hold_one_response_is_refused(tmp_path, model_dir):
-    result = stage("rollout.py", "--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl"), "--out", tmp_path / "o",
-                   "--max-batch-tokens", 50, check=False)
-    assert result.returncode == 2 and "--max-batch-tokens 50" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    result = stage("rollout.py", "--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl"),
+                   "--out", tmp_path / "o", "--max-batch-tokens", 50, check=False)
+    assert (result.returncode == 2 and "--max-batch-tokens 50" in result.stderr
+            and len(result.stderr.strip().splitlines()) == 1)

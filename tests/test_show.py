@@ -14,9 +14,11 @@ def record(**changes):
     g = torch.Generator().manual_seed(0)
     ids = lambda: torch.randint(2, TOKENS, (6,), generator=g).tolist()
     r = ids()
-    return {"id": "p", "sample": 0, "answer": "5", "recovered": True, "kept": 0.5, "prefix_ids": r, "projected_ids": ids(), "passes": 4,
-            "atoms": [r, ids(), r[:3] + ids()[3:], ids()], "weights": [0.9 * 0.8 * 0.7, 0.1 * 0.8 * 0.7, 0.2 * 0.7, 0.3], "gammas": [0.1, 0.2, 0.3], "gaps": [3.0, 2.0, 1.0],
-            "losses": [[-1.0, 2.0, 3.0]] * 4, "continuations": [{"reward": 1, "response": "\\boxed{5}"}]} | changes
+    return {"id": "p", "sample": 0, "answer": "5", "recovered": True, "kept": 0.5, "prefix_ids": r,
+            "projected_ids": ids(), "passes": 4, "atoms": [r, ids(), r[:3] + ids()[3:], ids()],
+            "weights": [0.9 * 0.8 * 0.7, 0.1 * 0.8 * 0.7, 0.2 * 0.7, 0.3], "gammas": [0.1, 0.2, 0.3],
+            "gaps": [3.0, 2.0, 1.0], "losses": [[-1.0, 2.0, 3.0]] * 4,
+            "continuations": [{"reward": 1, "response": "\\boxed{5}"}]} | changes
 
 
 def explain(r, W):
@@ -63,7 +65,8 @@ def test_show_reads_the_model_from_run_json(tmp_path, model_dir, capsys):
     common.start_run(tmp_path, args)
     show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "p"]))
     assert "rollout 1" in capsys.readouterr().out
-    show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "p", "--sample", "0", "--html", str(tmp_path / "p.html")]))
+    show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "p", "--sample", "0",
+                             "--html", str(tmp_path / "p.html")]))
     assert "rollout 0" in (tmp_path / "p.html").read_text()
     with pytest.raises(common.UserError, match="--id q"):
         show.main(show.get_args([str(tmp_path / "revised.jsonl"), "--id", "q"]))
@@ -73,7 +76,8 @@ def test_prefixes_are_shelved_in_files_of_bounded_size_and_read_back_bit_for_bit
     monkeypatch.setattr(revise, "SHELF_BYTES", 300)  # a record has 4 x 6 ids and 4 weights: 128 bytes
     records = [record(id=f"../{i}", sample=i) for i in range(8)]  # an id is a key, never a path
     write(tmp_path, *records)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"prefixes-0000{i}.safetensors" for i in range(3)), "revised.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"prefixes-0000{i}.safetensors" for i in range(3)), "revised.jsonl"]
     for before, r in zip(records, common.read_jsonl(tmp_path / "revised.jsonl")):
         assert "atoms" not in r and "weights" not in r
         atoms, weights = revise.load_prefix(tmp_path, r)
@@ -83,7 +87,8 @@ def test_prefixes_are_shelved_in_files_of_bounded_size_and_read_back_bit_for_bit
             revise.load_prefix(tmp_path, r | {"prefix_file": name})
 
 
-def test_a_rollout_that_stopped_before_its_first_step_is_shown_and_one_moved_by_adam_is_not(tmp_path, model_dir, capsys):
+def test_a_rollout_that_stopped_before_its_first_step_is_shown_and_one_moved_by_adam_is_not(
+        tmp_path, model_dir, capsys):
     r = record()["prefix_ids"]
     write(tmp_path, record(id="stopped", atoms=[r], weights=[1.0], gammas=[], gaps=[], losses=[[-1.0, 0.0, 3.0]]),
           record(id="adam", atoms=[r], weights=[1.0], gammas=[]))

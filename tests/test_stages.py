@@ -111,7 +111,8 @@ def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(
 
 def test_sec35_a_trajectory_counts_only_if_it_is_right_after_its_projection_too(tmp_path, world):
     """Here the whole text decides, so that changed prefix tokens can make a right continuation wrong."""
-    whole = write_verifier(tmp_path / "v.py", "def verify(response, gold):\n    return sum(map(ord, response)) % 2 == 0\n")
+    whole = write_verifier(
+        tmp_path / "v.py", "def verify(response, gold):\n    return sum(map(ord, response)) % 2 == 0\n")
     world.revise(tmp_path / "o", "--verifier", whole, "--gamma0", 0.5, "--continuations", 8, "--attempts", 1)
     found = [c for r in revised(tmp_path / "o") for c in r["continuations"]]
     assert all(c["reward"] == int(c["soft_reward"] and sum(map(ord, c["response"])) % 2 == 0) for c in found)
@@ -198,7 +199,8 @@ def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
     world.revise(tmp_path / "o", "--from", "hard-prefix", "--attempts", 1)
     model, records = tiny_model("qwen2"), revised(tmp_path / "o")
     for r in records:
-        assert r["atoms"] == [r["prefix_ids"]] and r["losses"] == [] and r["projected_ids"] == r["prefix_ids"] and r["kept"] == 1
+        assert (r["atoms"] == [r["prefix_ids"]] and r["losses"] == [] and r["projected_ids"] == r["prefix_ids"]
+                and r["kept"] == 1)
         keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
         context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
         samples = rollout.sample(model, [context], [keys], [14 - r["prefix_len"]], eos=[1], vocab=TOKENS)[0]
@@ -270,7 +272,8 @@ def test_min_logprob_keeps_what_is_likely_after_the_projected_prefix(tmp_path, w
     world.revise(tmp_path / "o", "--min-logprob", least - 1e-4)
     found = [(c, likely(r, c)) for r in revised(tmp_path / "o") for c in r["continuations"] if "logprob" in c]
     assert all(c["logprob"] == pytest.approx(value, abs=1e-4) for c, value in found)
-    assert all(c["reward"] == (c["logprob"] >= least - 1e-4) for c, _ in found) and len({c["reward"] for c, _ in found}) == 2
+    assert (all(c["reward"] == (c["logprob"] >= least - 1e-4) for c, _ in found)
+            and len({c["reward"] for c, _ in found}) == 2)
     kept = read(tmp_path / "o" / "recovered.jsonl")
     assert len(kept) == sum(c["reward"] for c, _ in found)
     # what is dropped is not recovered: further rollouts of the prompt are tried

@@ -1,4 +1,5 @@
-"""The toy world: its texts slip as stated, its sets are disjoint, its tokenizer and base model are what the stages need."""
+"""The toy world: its texts slip as stated, its sets are disjoint,
+its tokenizer and base model are what the stages need."""
 import json
 import random
 import re
@@ -96,7 +97,8 @@ def test_sets_are_right_and_as_hard_as_they_say(sets):
 
 
 def test_sets_and_training_texts_are_disjoint(sets, examples):
-    problems = [r["problem"] for seed in (0, 1) for name, rs in (sets if not seed else toy.problem_sets(toy, 1)).items() for r in rs]
+    problems = [r["problem"] for seed in (0, 1)
+                for name, rs in (sets if not seed else toy.problem_sets(toy, 1)).items() for r in rs]
     by_set = {name: {r["problem"] for r in records} for name, records in sets.items()}
     assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
     texts = {m.split("?")[0] + "?" for m, _ in examples}
@@ -230,7 +232,8 @@ def check_pair(world, model, tokenizer, text):
     made = toy.build_tokenizer(world)
     assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
     text += toy.INSTRUCTION
-    assert tokenizer(text)["input_ids"] == made(text)["input_ids"] and tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer(text)["input_ids"] == made(text)["input_ids"]
+            and tokenizer.decode(tokenizer(text)["input_ids"]) == text)
     assert (tokenizer.eos_token, tokenizer.pad_token) == (toy.EOS, toy.PAD)
     weight = model.get_input_embeddings().weight
     assert weight is model.get_output_embeddings().weight and weight.dtype == torch.float32
