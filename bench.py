@@ -1,20 +1,20 @@
 """Speed and memory, each measured against a reference in the same run: one JSON line per measure (benches/).
 
-    python bench.py revise            one Frank-Wolfe step against Algorithm 1 written literally
+    python bench.py revise        one Frank-Wolfe step against Algorithm 1 written literally
     python bench.py revise --device cuda    the same in the shape of Qwen2.5-1.5B, and by batch size and length
-    python bench.py grpo              one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and
-                                      against full logits of rows padded to the longest (CPU)
-    python bench.py memory            the formula of the README against what toy_model keeps (CPU), and the paper's models
-    python bench.py hours             GPU-hours of the recipes, computed
-    python bench.py rollout           sampling against Transformers' generate(); --device cuda: in the shape of Qwen2.5-1.5B
+    python bench.py grpo          one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and
+                                  against full logits of rows padded to the longest (CPU)
+    python bench.py memory        the formula of the README against what toy_model keeps (CPU), and the paper's models
+    python bench.py hours         GPU-hours of the recipes, computed
+    python bench.py rollout       sampling against Transformers' generate(); --device cuda: in the shape of Qwen2.5-1.5B
 
 Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`;
-`ratio_to_frozen` is the same for a reference whose parameters ask for no gradient. Timings are
-medians of interleaved runs. `revise_saved_bytes_*` is the most that autograd keeps alive at a time, parameters excluded.
-`grpo_peak_memory_*` is the largest resident set of a process that does nothing else; `*_beyond_start` leaves out what it held
-before its first update (libraries, weights), so that it is gradients, moments and activations.
-`rollout_*` are seconds per 1,000 response tokens. `row_steps` are the rows of all decoding steps, `ideal` those that some
-response needed; `host_*_per_step` are the operations dispatched, and the time spent, outside of the model's forward pass.
+`ratio_to_frozen` is the same for a reference whose parameters ask for no gradient. Timings are medians of interleaved
+runs. `revise_saved_bytes_*` is the most that autograd keeps alive at a time, parameters excluded. `grpo_peak_memory_*`
+is the largest resident set of a process that does nothing else; `*_beyond_start` leaves out what it held before its
+first update (libraries, weights), so that it is gradients, moments and activations. `rollout_*` are seconds per 1,000
+response tokens. `row_steps` are the rows of all decoding steps, `ideal` those that some response needed;
+`host_*_per_step` are the operations dispatched, and the time spent, outside of the model's forward pass.
 """
 import argparse
 import importlib

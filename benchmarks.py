@@ -1,7 +1,7 @@
 """The paper's six test sets by short name, and what they share with a training file (paper Sec. 4.1); used by eval.py.
 
-A set comes from the hub (`load(name)`) or from NAME.jsonl in a folder (`load(name, folder)`), in the hub's field names or
-in ours (`problem`, `answer`). The number of problems is checked, so that a truncated or a different file is noticed.
+A set comes from the hub (`load(name)`) or from NAME.jsonl in a folder (`load(name, folder)`), in the hub's field names
+or in ours (`problem`, `answer`). The number of problems is checked, so that a truncated or a different file is noticed.
 """
 import hashlib
 import json
@@ -12,9 +12,9 @@ import common
 import rollout
 from common import UserError
 
-# Short name: hub id, file, its fields for problem and answer, problems. Ids, files, fields and counts were read in public
-# listings and in other projects' loaders; nothing was downloaded to check them. Less sure than the rest: the fields of
-# minerva and the file of olympiadbench, for which no listing was found, only loaders.
+# Short name: hub id, file, its fields for problem and answer, problems. Ids, files, fields and counts were read in
+# public listings and in other projects' loaders; nothing was downloaded to check them. Less sure than the rest: the
+# fields of minerva and the file of olympiadbench, for which no listing was found, only loaders.
 TABLE = {
     "math500": ("HuggingFaceH4/MATH-500", "test.jsonl", "problem", "answer", 500),
     "aime24": ("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet", "problem", "answer", 30),
@@ -36,8 +36,8 @@ def download(name: str) -> Path:
         return Path(hf_hub_download(hub, file, repo_type="dataset"))
     except Exception as e:  # noqa: BLE001 (offline, no such file, refused: a dozen classes of three packages)
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"--benchmarks {name}: {file} of {hub} cannot be downloaded ({reason}); with --benchmark-dir DIR it "
-                        f"is read from DIR/{name}.jsonl") from None
+        raise UserError(f"--benchmarks {name}: {file} of {hub} cannot be downloaded ({reason}); with --benchmark-dir "
+                        f"DIR it is read from DIR/{name}.jsonl") from None
 
 
 def read_parquet(path: Path, name: str) -> list[dict]:
@@ -45,8 +45,8 @@ def read_parquet(path: Path, name: str) -> list[dict]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"--benchmarks {name}: {path.name} is parquet, which needs the package datasets (pip install datasets); "
-                        f"with --benchmark-dir DIR it is read from DIR/{name}.jsonl") from None
+        raise UserError(f"--benchmarks {name}: {path.name} is parquet, which needs the package datasets "
+                        f"(pip install datasets); with --benchmark-dir DIR it is read from DIR/{name}.jsonl") from None
     datasets.disable_progress_bars()
     try:
         return list(datasets.Dataset.from_parquet(str(path), columns=list(TABLE[name][2:4])))
@@ -73,9 +73,10 @@ def load(name: str, folder: str | None = None) -> list[dict]:
         problem, answer = r.get(problem_key, r.get("problem")), r.get(answer_key, r.get("answer"))
         if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench: a list of one string
             answer = answer[0]
-        if not (isinstance(problem, str) and problem.strip() and type(answer) in (str, int, float) and str(answer).strip()):
-            raise UserError(f"{path}: record {number}: no {problem_key!r} and {answer_key!r}, or no 'problem' and 'answer', "
-                            "that are text")
+        if not (isinstance(problem, str) and problem.strip()
+                and type(answer) in (str, int, float) and str(answer).strip()):
+            raise UserError(f"{path}: record {number}: no {problem_key!r} and {answer_key!r}, or no 'problem' and "
+                            "'answer', that are text")
         problems.append({"id": f"{name}-{number}", "problem": problem, "answer": str(answer)})
     return problems
 
@@ -86,15 +87,16 @@ def digest(problems: list[dict]) -> str:
 
 
 def plain(problem: str | list[dict]) -> str:
-    """A problem as it is compared: lower case, without LaTeX's commands for space and size, then letters and digits alone.
-    So signs are ignored, and two problems that differ in nothing else count as one."""
+    """A problem as it is compared: lower case, without LaTeX's commands for space and size, then letters and digits
+    alone. So signs are ignored, and two problems that differ in nothing else count as one."""
     text = problem if isinstance(problem, str) else "".join(m["content"] for m in problem)
     text = re.sub(r"\\(?:left|right|q?quad|displaystyle|text|mathrm)(?![a-z])|\\[dt](?=frac)", "", text.lower())
     return "".join(ch for ch in text if ch.isalnum())
 
 
 def read_training(path: str, problem_key: str) -> set[str]:
-    """The problems of a training file, plain and without DAPO's wrapper, from the field problem_key or DAPO's `prompt`."""
+    """The problems of a training file, plain and without DAPO's wrapper,
+    from the field problem_key or DAPO's `prompt`."""
     found = set()
     for number, r in enumerate(common.read_jsonl(path), 1):
         where = f"{path}: record {number}"
@@ -103,8 +105,8 @@ def read_training(path: str, problem_key: str) -> set[str]:
 
 
 def overlap(problems: list[dict], training: set[str]) -> dict[str, list[str]]:
-    """Ids of the test problems that are a training problem (`equal`), and of those that are one or stand inside a longer
-    one (`contained`): DAPO appends how to give the answer as an integer."""
+    """Ids of the test problems that are a training problem (`equal`), and of those that are one or stand inside a
+    longer one (`contained`): DAPO appends how to give the answer as an integer."""
     everything = "\n".join(training)
     texts = {p["id"]: plain(p["problem"]) for p in problems}
     equal = [i for i, text in texts.items() if text in training]

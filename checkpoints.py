@@ -45,7 +45,8 @@ def save(out: Path, step: int, model, tokenizer, optimizer, state: dict, keep: i
 
 
 def check_whole(folder: Path) -> None:
-    """Raises UserError for a checkpoint that lacks a file or has a cut one. A kill leaves none: it is renamed when whole."""
+    """Raises UserError for a checkpoint that lacks a file or has a cut one.
+    A kill leaves none: it is renamed when whole."""
     try:
         json.loads((folder / "state.json").read_text())["step"]
         for kind in ("model", "optimizer"):
@@ -75,7 +76,8 @@ def read_tensors(paths: list[Path], fill: dict[str, Tensor]) -> set[str]:
 
 @torch.no_grad()
 def load(out: Path, model, optimizer) -> dict:
-    """Restore the last whole checkpoint into model and optimizer and cut metrics.jsonl back to it. {} if there is none."""
+    """Restore the last whole checkpoint into model and optimizer and cut metrics.jsonl back to it.
+    {} if there is none."""
     folders = sorted(out.glob("checkpoint-*"))
     state = {"step": 0}
     if folders:
@@ -86,13 +88,14 @@ def load(out: Path, model, optimizer) -> dict:
             raise UserError(f"{folders[-1]}: does not fit --model (missing {sorted(params.keys() - saved)[:3]}, "
                             f"unexpected {sorted(saved - params.keys())[:3]})")
         full = optimizer.state_dict()
-        full["state"] = {i: {"step": torch.tensor(0.0)} | {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-                         for i, p in enumerate(params.values())}
+        full["state"] = {
+            i: {"step": torch.tensor(0.0)} | {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            for i, p in enumerate(params.values())}
         moments = {f"{name}.{key}": t for name, s in zip(params, full["state"].values()) for key, t in s.items()}
         saved = read_tensors(sorted(folders[-1].glob("optimizer*.safetensors")), moments)
         if saved and saved != moments.keys():  # none: no step has been taken
-            raise UserError(f"{folders[-1]}: damaged (no {sorted(moments.keys() - saved)[:1]}); remove it, and the run continues "
-                            "from the one before")
+            raise UserError(f"{folders[-1]}: damaged (no {sorted(moments.keys() - saved)[:1]}); remove it, and the run "
+                            "continues from the one before")
         optimizer.load_state_dict(full)  # which moves what belongs on the device
         state = json.loads((folders[-1] / "state.json").read_text())
     if common.rank() == 0:
@@ -140,8 +143,8 @@ def trained(out: Path, steps: int) -> bool:
         return False
     last = common.read_jsonl(out / "metrics.jsonl")[-1]["step"]
     if steps > last:
-        raise UserError(f"--steps {steps}: {out / 'model'} was finished after {last} steps and its optimizer state is gone; "
-                        "start a new run with it as --model")
+        raise UserError(f"--steps {steps}: {out / 'model'} was finished after {last} steps and its optimizer state is "
+                        "gone; start a new run with it as --model")
     if common.rank() == 0:
         remove_checkpoints(out)
     return True

@@ -161,7 +161,8 @@ def model_digest(folder: Path) -> str:
     """The same for a model: the end of every safetensors file stands for the whole, which may be large."""
     digest = hashlib.sha256()
     # chat templates and the files of slow tokenizers are in it too: they change prompts
-    for path in sorted(p for kind in ("safetensors", "json", "jinja", "txt", "model") for p in folder.glob(f"*.{kind}")):
+    for path in sorted(p for kind in ("safetensors", "json", "jinja", "txt", "model")
+                       for p in folder.glob(f"*.{kind}")):
         with open(path, "rb") as f:
             f.seek(max(0, path.stat().st_size - 2**20))
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read())
@@ -200,7 +201,8 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
         try:
             before = json.loads(record.read_text())["settings"].copy()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--out {out}: its run.json is damaged, so that nothing tells what the folder holds") from None
+            raise UserError(f"--out {out}: its run.json is damaged, "
+                            "so that nothing tells what the folder holds") from None
         for key in sorted(before.keys() | settings.keys()):
             if before.get(key) != settings.get(key):
                 flag = "--" + key.replace("_", "-")
@@ -212,8 +214,8 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
         except OSError as e:
             raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
         try:
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                                    text=True, check=False).stdout.strip()
+            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                                    capture_output=True, text=True, check=False).stdout.strip()
         except OSError:  # a machine without git
             commit = ""
         import transformers
@@ -238,8 +240,8 @@ def world_size() -> int:
 
 
 def patience() -> timedelta:
-    """How long a process waits for the others before it gives up. It has to cover the time by which the slowest is behind
-    at the end of a stage. Raises UserError naming the variable."""
+    """How long a process waits for the others before it gives up. It has to cover the time by which the slowest is
+    behind at the end of a stage. Raises UserError naming the variable."""
     seconds = os.environ.get("LATENTREVISE_TIMEOUT", "7200")
     if not seconds.isdecimal() or not 0 < int(seconds) < 10**8:
         raise UserError(f"LATENTREVISE_TIMEOUT {seconds!r}: expected a number of seconds")
@@ -248,8 +250,8 @@ def patience() -> timedelta:
 
 @functools.cache
 def lines() -> list:
-    """A group of rank 0 with each other rank, by rank. In one group of all, gloo closes every connection when one is lost,
-    and then nobody can tell which; beside NCCL as well, whose errors name nobody."""
+    """A group of rank 0 with each other rank, by rank. In one group of all, gloo closes every connection when one is
+    lost, and then nobody can tell which; beside NCCL as well, whose errors name nobody."""
     return [None] + [dist.new_group([0, other], backend="gloo", timeout=patience()) for other in range(1, world_size())]
 
 
@@ -327,8 +329,9 @@ def start_group() -> None:
 
 
 def run_script(get_args, main) -> None:
-    """Parse, start the process group if torchrun asked for one, run main(args), and end in one line and an exit code: 2 for
-    a UserError and for files that the system refuses, 1 for a LostProcess, 130 for Ctrl-C. The same command continues."""
+    """Parse, start the process group if torchrun asked for one, run main(args), and end in one line and an exit code: 2
+    for a UserError and for files that the system refuses, 1 for a LostProcess, 130 for Ctrl-C.
+    The same command continues."""
     args = get_args()
     script, code = Path(sys.argv[0]).name, 0
     try:
@@ -340,8 +343,9 @@ def run_script(get_args, main) -> None:
         code, message = 2, f"error: {e}"
     except LostProcess as e:
         code, message = 1, f"rank {rank()} stops: {e}; the same command continues"
-    except (OSError, SafetensorError) as e:  # a full disk, a folder that may not be written; safetensors has its own class
-        code, message = 2, f"error: {getattr(e, 'filename', None) or 'writing failed'}: {getattr(e, 'strerror', None) or e}"
+    except (OSError, SafetensorError) as e:  # a full disk, a read-only folder; safetensors has its own class
+        code, message = 2, (f"error: {getattr(e, 'filename', None) or 'writing failed'}: "
+                            f"{getattr(e, 'strerror', None) or e}")
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command continues"
     finally:
@@ -393,16 +397,18 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         logits = model.get_output_embeddings()(model.base_model(some, use_cache=False).last_hidden_state)
         if logits.isnan().any():
             raise UserError(f"--model {args.model}: its logits are not numbers")
-        plain = torch.equal(embed(some), embed.weight[some]) and torch.allclose(model(some).logits, logits, rtol=1e-2, atol=1e-2)
+        plain = (torch.equal(embed(some), embed.weight[some])
+                 and torch.allclose(model(some).logits, logits, rtol=1e-2, atol=1e-2))
     if not plain:
-        raise UserError(f"--model {args.model}: {type(model).__name__} scales its embeddings or logits, which is not supported")
+        raise UserError(f"--model {args.model}: {type(model).__name__} scales its embeddings or logits, "
+                        "which is not supported")
     return model, tokenizer, max(ids) + 1
 
 
 @contextlib.contextmanager
 def checkpointed(model, on: bool):
-    """With `on`, blocks are computed again in the backward instead of keeping their activations. Transformers does so in
-    training mode alone, so dropout is switched off by hand."""
+    """With `on`, blocks are computed again in the backward instead of keeping their activations. Transformers does so
+    in training mode alone, so dropout is switched off by hand."""
     before = model.training
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})

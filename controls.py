@@ -1,15 +1,16 @@
-"""What the paper does not have: controls, the optimizer of an ablation, and other step rules for revise.py, a flag each.
+"""What the paper does not have: controls, the optimizer of an ablation, and other step rules for revise.py,
+a flag each.
 
 Nothing here is used at the defaults, which are the paper's Algorithm 1; RESULTS.md says what each is worth.
 
-    --vertices random, --gold permuted      the same work without the information; --from of revise.py is the third control
-    --optimizer adam                        Table 3's "no Frank-Wolfe"
-    --direction pairwise, away              Lacoste-Julien & Jaggi 2015 (arXiv 1511.05932), Alg. 2 and Alg. 1
-    --step-rule short                       gap / (L |d|^2) (Demyanov & Rubinov 1970; arXiv 1806.05123, Eq. 1), L from the
-                                            last two gradients [ours]
-    --step-rule backtracking                Armijo's condition; every trial is a forward pass, counted in `passes`
-    --rho-rule surprise                     the cut before the response token that the model found least likely [ours]
-    --min-logprob -0.5                      keeps right continuations that are likely after the projected prefix too [ours]
+    --vertices random, --gold permuted   the same work without the information; --from of revise.py is the third control
+    --optimizer adam                     Table 3's "no Frank-Wolfe"
+    --direction pairwise, away           Lacoste-Julien & Jaggi 2015 (arXiv 1511.05932), Alg. 2 and Alg. 1
+    --step-rule short                    gap / (L |d|^2) (Demyanov & Rubinov 1970; arXiv 1806.05123, Eq. 1), L from the
+                                         last two gradients [ours]
+    --step-rule backtracking             Armijo's condition; every trial is a forward pass, counted in `passes`
+    --rho-rule surprise                  the cut before the response token that the model found least likely [ours]
+    --min-logprob -0.5                   keeps right continuations that are likely after the projected prefix too [ours]
 """
 import argparse
 from dataclasses import dataclass
@@ -52,11 +53,11 @@ def adam_step(E: Tensor, g: Tensor, moments: tuple[Tensor, Tensor], step: int, l
     return E - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)  # denominators: bias corrections
 
 
-# --- steps that move weight between atoms ------------------------------------------------------------------------------
+# --- steps that move weight between atoms ----------------------------------------------------------------------------
 @dataclass
 class Move:
-    """A direction d for one prefix: `vertex` (R,) ids gains weight (None: nothing does), atom number `away` loses it (None:
-    all lose in proportion). slope = -<G, d>; limit, the largest step that leaves no weight negative."""
+    """A direction d for one prefix: `vertex` (R,) ids gains weight (None: nothing does), atom number `away` loses it
+    (None: all lose in proportion). slope = -<G, d>; limit, the largest step that leaves no weight negative."""
     vertex: Tensor | None
     away: int | None
     slope: float
@@ -78,7 +79,8 @@ def direction(f, g: Tensor, E: Tensor, v: Tensor, W: Tensor, rule: str) -> Move:
         return Move(v, a, float((g * (worst - toward)).sum()), weight, float((toward - worst).square().sum()))
     slope = float((g * (worst - E)).sum())
     # denominator: the weight that the other atoms hold and that is to grow to 1
-    return forward if forward.slope >= slope else Move(None, a, slope, weight / (1 - weight), float((worst - E).square().sum()))
+    return forward if forward.slope >= slope else Move(
+        None, a, slope, weight / (1 - weight), float((worst - E).square().sum()))
 
 
 def moved(f, move: Move, gamma: float) -> tuple[list[Tensor], list[float]]:
@@ -94,10 +96,10 @@ def moved(f, move: Move, gamma: float) -> tuple[list[Tensor], list[float]]:
     return (atoms, weights) if move.vertex is None else ([*atoms, move.vertex], [*weights, gamma])
 
 
-# --- step sizes --------------------------------------------------------------------------------------------------------
+# --- step sizes ------------------------------------------------------------------------------------------------------
 def short_step(move: Move, first: float, before: tuple[Tensor, Tensor] | None, now: tuple[Tensor, Tensor]) -> float:
-    """argmin over gamma of -slope gamma + L |d|^2 gamma^2 / 2 with L = |G - G'| / |E - E'| from the step before; `first`
-    where there was none. before, now: (E, G)."""
+    """argmin over gamma of -slope gamma + L |d|^2 gamma^2 / 2 with L = |G - G'| / |E - E'| from the step before;
+    `first` where there was none. before, now: (E, G)."""
     if before is None:
         return min(first, move.limit)
     change, gradients = (float((a - b).norm()) for a, b in zip(now, before))
@@ -106,8 +108,9 @@ def short_step(move: Move, first: float, before: tuple[Tensor, Tensor] | None, n
 
 
 def backtrack(batch: list, moves: dict[int, Move], first: float, at: dict[int, float], total) -> dict[int, float]:
-    """Armijo: from twice the last step (`first` at the start), halved until L(gamma) <= L(0) - 0.1 gamma slope, at most TRIALS
-    times, then 0. A rollout that has found its step rides along in the pass of the others, and is not charged."""
+    """Armijo: from twice the last step (`first` at the start), halved until L(gamma) <= L(0) - 0.1 gamma slope,
+    at most TRIALS times, then 0. A rollout that has found its step rides along in the pass of the others,
+    and is not charged."""
     last = {b: batch[b].gammas[-1] if batch[b].gammas else 0.0 for b in moves}
     gammas = {b: min(2 * last[b] or first, m.limit) for b, m in moves.items()}
     searching = dict(moves)
@@ -128,8 +131,8 @@ def take_steps(i: int, batch: list, soft: list[Tensor], moving: dict[int, tuple[
                args: argparse.Namespace, at: dict[int, float], total) -> None:
     """Step i of a batch of failures by --direction and --step-rule: changes their atoms and weights.
 
-    soft: prefixes (R, D); moving: {rollout: (gradient (R, D), vertices (R,))}; at: {rollout: L_total}; total({rollout: (atoms,
-    weights)}) gives the same elsewhere, in one forward pass.
+    soft: prefixes (R, D); moving: {rollout: (gradient (R, D), vertices (R,))}; at: {rollout: L_total};
+    total({rollout: (atoms, weights)}) gives the same elsewhere, in one forward pass.
     """
     moves = {b: direction(batch[b], g, soft[b], v, W, args.direction) for b, (g, v) in moving.items()}
     if args.step_rule == "diminishing":
@@ -145,11 +148,11 @@ def take_steps(i: int, batch: list, soft: list[Tensor], moving: dict[int, tuple[
         f.gammas.append(gammas[b])
 
 
-# --- where to cut ------------------------------------------------------------------------------------------------------
+# --- where to cut ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def surprise_cuts(model, rollouts: list[dict]) -> list[int]:
-    """|r| of every rollout: r ends before the response token of the lowest log-probability among those between SHARES of
-    the response. One forward pass over the failed rollouts."""
+    """|r| of every rollout: r ends before the response token of the lowest log-probability among those between SHARES
+    of the response. One forward pass over the failed rollouts."""
     logp, _, owner = training.response_logprobs(model, rollouts)
     cuts = []
     for b, r in enumerate(rollouts):
@@ -159,13 +162,15 @@ def surprise_cuts(model, rollouts: list[dict]) -> list[int]:
     return cuts
 
 
-# --- which recovered trajectories are kept -------------------------------------------------------------------------------
+# --- which recovered trajectories are kept ---------------------------------------------------------------------------
 @torch.no_grad()
 def drop_unlikely(model, prompt_ids: list[int], continuations: list[dict], least: float) -> None:
     """Takes the reward from right continuations whose tokens have a mean log-probability below `least` (nats) after
-    prompt_ids, the prompt and the projected prefix; records it as `logprob`. What only the soft prefix led to is unlikely."""
+    prompt_ids, the prompt and the projected prefix; records it as `logprob`.
+    What only the soft prefix led to is unlikely."""
     for c in (c for c in continuations if c["reward"]):
-        logp, *_ = training.response_logprobs(model, [{"prompt_ids": prompt_ids, "response_ids": c["ids"]}], entropy=False)
+        logp, *_ = training.response_logprobs(model, [{"prompt_ids": prompt_ids, "response_ids": c["ids"]}],
+                                              entropy=False)
         c["logprob"] = float(logp.mean())  # denominator: tokens of the continuation
         c["reward"] = int(c["logprob"] >= least)
 
@@ -181,5 +186,6 @@ def add_control_args(parser: argparse.ArgumentParser) -> None:
                         help="[Eq. 7] gamma0 * 2/(i+1); the others begin at gamma0 and go by the loss")
     parser.add_argument("--rho-rule", default="fixed", choices=["fixed", "surprise"],
                         help="[Table 7] fixed: --rho; surprise cuts each rollout at its least likely token")
-    parser.add_argument("--min-logprob", type=float, help="[ours] keep right continuations with at least this mean "
-                        "log-probability (nats a token) after the projected prefix; not given: keep all, as the paper does")
+    parser.add_argument("--min-logprob", type=float,
+                        help="[ours] keep right continuations with at least this mean log-probability (nats a token) "
+                             "after the projected prefix; not given: keep all, as the paper does")

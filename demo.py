@@ -37,7 +37,8 @@ METHODS = {"LatentRevise": "", "fresh sampling": "--from scratch", "hard prefix"
 
 # --- running stages --------------------------------------------------------------------------------------------------
 def run_one(command: str, quiet: bool, processes: int, seconds: dict[str, float]) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+                if processes > 1 else [])
     shown = f"torchrun --standalone --nproc-per-node {processes}" if processes > 1 else "python"
     print(f"\n$ {shown} {command}", flush=True)
     # Two processes of one thread each are faster than one of two threads at this size
@@ -71,8 +72,8 @@ def share(k: int, n: int) -> str:
 
 
 def recovery_row(name: str, records: list[dict], problems: dict[str, str], tokenizer, score: str = "reward") -> str:
-    """One line of the recovery table, from the first failed rollout of every prompt. Self-correction is looked for in the
-    continuation alone: the projected prefix may hold its words without their meaning."""
+    """One line of the recovery table, from the first failed rollout of every prompt. Self-correction is looked for in
+    the continuation alone: the projected prefix may hold its words without their meaning."""
     continuations = [(r["id"], c) for r in records for c in r["continuations"]]
     hits = [(i, c) for i, c in continuations if c[score]]
     sound = [i for i, c in hits if toy.is_sound(problems[i], c["response"])]
@@ -80,8 +81,8 @@ def recovery_row(name: str, records: list[dict], problems: dict[str, str], token
     reflects = sum(toy.has_reflection(tokenizer.decode(c["ids"])) for _, c in continuations)
     gold = score == "reward"  # a wrong answer cannot be reached soundly
     return (f"| {name} | {share(len({i for i, _ in hits}), len(records))} | "
-            f"{share(len(set(sound)), len(records)) if gold else '-'} | {length:.1f} | {share(reflects, len(continuations))} | "
-            f"{share(len(sound), len(hits)) if hits and gold else '-'} |")
+            f"{share(len(set(sound)), len(records)) if gold else '-'} | {length:.1f} | "
+            f"{share(reflects, len(continuations))} | {share(len(sound), len(hits)) if hits and gold else '-'} |")
 
 
 def not_reached(records: list[dict], rollouts: list[dict]) -> list[dict]:
@@ -106,7 +107,8 @@ def marked(tokenizer, before: list[int], after: list[int]) -> str:
 
 
 def example(tokenizer, record: dict, failed: dict, problem: str) -> str:
-    c = next(c for c in sorted(record["continuations"], key=lambda c: -toy.is_sound(problem, c["response"])) if c["reward"])
+    c = next(c for c in sorted(record["continuations"], key=lambda c: -toy.is_sound(problem, c["response"]))
+             if c["reward"])
     show = lambda text: text.replace("\n", "\\n")
     sound = "every step right" if toy.is_sound(problem, c["response"]) else "jumps to the answer: not sound"
     return "\n".join([
@@ -130,7 +132,8 @@ def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     moved = [r for r in records if r["losses"]]
     for k, (name, style) in enumerate({"L_explore": "--", "L_guide": "-", "L_NLL": ":"}.items()):
-        at = [[r["losses"][i][k] for r in moved if i < len(r["losses"])] for i in range(max(len(r["losses"]) for r in moved))]
+        at = [[r["losses"][i][k] for r in moved if i < len(r["losses"])]
+              for i in range(max(len(r["losses"]) for r in moved))]
         left.plot(range(len(at)), [sum(v) / len(v) for v in at], "k" + style, label=name)
     left.set(xlabel="Frank-Wolfe step", ylabel="mean loss (nats, sum over tokens)")
     left.legend()
@@ -139,7 +142,8 @@ def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
     right.plot(steps, [sum(any(c["rewards"]) for c in at) / len(at) for at in curve], "ko-", label="recovered")
     right.set(xlabel="Frank-Wolfe step", ylabel=f"share recovered, {CONTINUATIONS} continuations")
     length = right.twinx()
-    length.plot(steps, [sum(sum(map(len, c["ids"])) / len(c["ids"]) for c in at) / len(at) for at in curve], "k^:", label="length")
+    length.plot(steps, [sum(sum(map(len, c["ids"])) / len(c["ids"]) for c in at) / len(at) for at in curve], "k^:",
+                label="length")
     length.set_ylabel("mean continuation length (tokens)")
     right.legend(*[a + b for a, b in zip(right.get_legend_handles_labels(), length.get_legend_handles_labels())])
     fig.savefig(out / "revision.png", dpi=120)
@@ -149,7 +153,8 @@ def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
     for (name, folder), style in zip(runs.items(), ("-", "--", ":", "-.", (0, (1, 4)))):
         rows = common.read_jsonl(folder / "metrics.jsonl")
         for axis, key in zip(axes, ("reward", "zero_hit", "rescued")):
-            axis.plot([r["step"] for r in rows], [r[key] for r in rows], color="k", linestyle=style, label=name, linewidth=1)
+            axis.plot([r["step"] for r in rows], [r[key] for r in rows], color="k", linestyle=style,
+                      label=name, linewidth=1)
             axis.set(xlabel="training step", title=key.replace("_", "-"))
     axes[0].legend(fontsize=7)
     fig.savefig(out / "training.png", dpi=120)
@@ -183,7 +188,8 @@ def main(args: argparse.Namespace) -> None:
     template = f"--template '{toy.TEMPLATE}'"
     folders = {name: out / "revise" / name.replace(" ", "-").lower() for name in METHODS}
     commands = {name: f"{revise} {template} {flags or '--record-every ' + str(size['record'])} "
-                      f"--attempts {1 if flags else size['attempts']} --out {folders[name]}" for name, flags in METHODS.items()}
+                      f"--attempts {1 if flags else size['attempts']} --out {folders[name]}"
+                for name, flags in METHODS.items()}
     run(out, commands.pop("LatentRevise"), processes=2)
     run(out, *commands.values())
 
@@ -192,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
     grpo = (f"train_grpo.py {model} --data {zero} {PROBLEMS} --batch-prompts {size['batch']} "
             f"--steps {size['steps']} --lr {args.lr} --micro-batch-tokens 8192")
     sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --micro-batch-tokens 8192"
-    fresh = CONTINUATIONS * size["attempts"]  # rejection sampling gets as many samples as the revision had continuations
+    fresh = CONTINUATIONS * size["attempts"]  # rejection sampling has as many samples as the revision had continuations
     samples = out / "rft-samples" / "rollouts.jsonl"
     if not args.quick:
         run(out, f"rollout.py {model} --data {zero} -n {fresh} --seed 1 {PROBLEMS} --out {out}/rft-samples",
@@ -256,14 +262,15 @@ def main(args: argparse.Namespace) -> None:
     summary = json.loads((out / "rollouts" / "summary.json").read_text())
     report = f"""# LatentRevise on the toy world
 
-{summary['zero_hit']} of {summary['problems']} hard problems are zero-hit at N = 32 (pass rate {100 * summary['pass_rate']:.2f} %).
+{summary['zero_hit']} of {summary['problems']} hard problems are zero-hit at N = 32
+(pass rate {100 * summary['pass_rate']:.2f} %).
 
 ## Recovery of zero-hit prompts
 
-One failed rollout per prompt, {CONTINUATIONS} continuations; shares with 95 % interval. A right continuation is sound when its last pass
-is a complete and arithmetically right chain to the answer: the others jump to it. The last row leaves out the prompts of which
-some rollout had given the wrong answer anyway. Intervals of the last two columns take continuations of a prompt as independent:
-they are too narrow.
+One failed rollout per prompt, {CONTINUATIONS} continuations; shares with 95 % interval. A right continuation is sound
+when its last pass is a complete and arithmetically right chain to the answer: the others jump to it. The last row
+leaves out the prompts of which some rollout had given the wrong answer anyway. Intervals of the last two columns take
+continuations of a prompt as independent: they are too narrow.
 
 | | prompts recovered | soundly | continuation (tokens) | self-correction | sound of the right |
 |---|---|---|---|---|---|
@@ -271,8 +278,8 @@ they are too narrow.
 
 ## Training on the zero-hit prompts
 
-pass@k on {size['test']} held-out hard problems (percent, 95 % bootstrap interval), {size['steps']} optimizer steps each, and the
-seconds of the training run (two runs at a time, one core each).
+pass@k on {size['test']} held-out hard problems (percent, 95 % bootstrap interval), {size['steps']} optimizer steps
+each, and the seconds of the training run (two runs at a time, one core each).
 
 {training}
 

@@ -1,7 +1,8 @@
 """pass@k of one or several models on one or several problem sets, in one table (paper Sec. 4.1, Table 1).
 
     python eval.py --model toy_model out/sft/model --data test_hard.jsonl -n 32 --k 1 32 --out out/eval
-    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks math500,aime24,aime25,amc23 --out out/eval
+    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks math500,aime24,aime25,amc23 \
+--out out/eval
 
 Reads   problems as rollout.py does (--data), and the paper's six test sets by name (--benchmarks, see benchmarks.py).
 Writes  OUT/MODEL/DATA/rollouts.jsonl (every sample behind the numbers), results.json and results.md.
@@ -65,8 +66,8 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 
 def table(results: list[dict], ks: list[int]) -> str:
-    """Markdown: a row per model, a column per problem set and k, percent with the 95 % interval, and an average: the paper's
-    over its four sets where they are among others, otherwise over all sets."""
+    """Markdown: a row per model, a column per problem set and k, percent with the 95 % interval, and an average: the
+    paper's over its four sets where they are among others, otherwise over all sets."""
     sets = list(dict.fromkeys(r["data"] for r in results))
     paper = [d for d in sets if d in benchmarks.PAPER_AVERAGE]
     averaged = paper if len(paper) == len(benchmarks.PAPER_AVERAGE) else sets
@@ -82,7 +83,8 @@ def table(results: list[dict], ks: list[int]) -> str:
                 cells.append(f"{100 * r['pass'][str(k)]:.2f} [{100 * low:.1f}, {100 * high:.1f}]")
         if len(sets) > 1:
             mine = [r for r in results if r["model"] == model and r["data"] in averaged]
-            cells += [f"{100 * sum(r['pass'][str(k)] for r in mine) / len(mine):.2f}" for k in ks]  # denominator: averaged sets
+            # denominator: averaged sets
+            cells += [f"{100 * sum(r['pass'][str(k)] for r in mine) / len(mine):.2f}" for k in ks]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -104,8 +106,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 PAIR_FREE = (*rollout.FREE, "k", "benchmarks", "benchmark_dir", "overlap")
-# Models, sets and ks can be added to a folder; each pair has a record of its own. Where two paths end alike all names get
-# longer, and all is sampled again
+# Models, sets and ks can be added to a folder; each pair has a record of its own. Where two paths end alike all names
+# get longer, and all is sampled again
 FREE = (*PAIR_FREE, "model", "data")
 
 
@@ -113,7 +115,8 @@ def read_sets(args: argparse.Namespace) -> dict[str, tuple[list[dict], str, str]
     """{name: (all problems, where from, digest)} of --data and --benchmarks. Raises UserError naming file or flag."""
     whole = argparse.Namespace(**vars(args) | {"limit": 0})
     names = distinct_names(args.data) if args.data else []
-    sets = {name: (rollout.read_problems(path, whole), path, common.file_digest(path)) for name, path in zip(names, args.data)}
+    sets = {name: (rollout.read_problems(path, whole), path, common.file_digest(path))
+            for name, path in zip(names, args.data)}
     for name in args.benchmarks:
         if name in sets:
             raise UserError(f"--benchmarks {name}: the name is taken by another problem set")

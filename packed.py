@@ -1,8 +1,9 @@
 """The three losses of the paper and their gradient in E_r, in one forward and one backward pass: Eqs. (2)-(6).
 
-Written as the paper has them, L_explore, L_guide and L_NLL are three teacher-forced passes with full logits. Here they share
-one: the trunk [q; E_r; c] is followed by the branch [c_tmpl; y_GT], which takes the positions after r and attends to q, E_r
-and itself but not to c. The parameters are frozen, and the head runs on the scored rows alone, a chunk at a time.
+Written as the paper has them, L_explore, L_guide and L_NLL are three teacher-forced passes with full logits. Here they
+share one: the trunk [q; E_r; c] is followed by the branch [c_tmpl; y_GT], which takes the positions after r and attends
+to q, E_r and itself but not to c. The parameters are frozen, and the head runs on the scored rows alone,
+a chunk at a time.
 
     trunk    q1 q2 r1 r2 r3 c1 c2      causal               predicts r (L_NLL) and c (L_explore)
     branch         t1 t2 y1 y2         sees q, r, itself    predicts y (L_guide)
@@ -18,26 +19,28 @@ from transformers import AttentionInterface
 
 import common
 
-# Dimension key: B rollouts, Q prompt, R prefix, C continuation, A branch (template and gold answer), T trunk = Q + R + C,
-# S = T + A, N = sum of R over the batch, M targets, V vocabulary rows, D model width
+# Dimension key: B rollouts, Q prompt, R prefix, C continuation, A branch (template and gold answer),
+# T trunk = Q + R + C, S = T + A, N = sum of R over the batch, M targets, V vocabulary rows, D model width
 
 HEAD_ROWS = 256  # rows whose logits exist at a time: 256 x 152k floats are 155 MB
 
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
                      scaling: float | None = None, **_) -> tuple[Tensor, None]:
-    """Attention over [trunk; branch]: the trunk [q; E_r; c] is causal, the branch [c_tmpl; y_GT] sees q, E_r and itself.
+    """Attention over [trunk; branch]: the trunk [q; E_r; c] is causal,
+    the branch [c_tmpl; y_GT] sees q, E_r and itself.
 
     query (B, heads, S, head_dim), key and value (B, kv_heads, S, head_dim), attention_mask (B, 1, A, S) bool, rows of
     the branch only: no S x S mask ever exists. Returns (B, S, heads, head_dim).
     """
     B, heads, S, width = query.shape
     T, groups = S - attention_mask.shape[2], heads // key.shape[1]
-    trunk = F.scaled_dot_product_attention(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True, scale=scaling,
-                                           enable_gqa=groups > 1)
+    trunk = F.scaled_dot_product_attention(query[:, :, :T], key[:, :, :T], value[:, :, :T], is_causal=True,
+                                           scale=scaling, enable_gqa=groups > 1)
     # The heads of a group become rows of one head: with a mask, enable_gqa would fall back to the slow kernel on a GPU
     rows = query[:, :, T:].reshape(B, -1, groups * (S - T), width)
-    branch = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=scaling)
+    branch = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1),
+                                            scale=scaling)
     return torch.cat([trunk, branch.reshape(B, heads, S - T, -1)], 2).transpose(1, 2), None
 
 
@@ -129,7 +132,8 @@ def losses_and_gradient(model, packed: dict[str, Tensor], E: Tensor, head_rows: 
             dh[rows], = torch.autograd.grad((packed["coef"][rows] * ce_rows).sum(), chunk)
         ce[rows] = ce_rows.detach()
     sign = torch.tensor([-1.0, 1.0, 1.0], device=h.device)
-    losses = torch.zeros(B, 3, device=h.device).index_put_((packed["owner"], packed["term"]), ce, accumulate=True) * sign
+    losses = torch.zeros(B, 3, device=h.device).index_put_(
+        (packed["owner"], packed["term"]), ce, accumulate=True) * sign
     if not gradient:
         return losses, None
     dhidden = torch.zeros_like(hidden).index_add_(0, packed["source"], dh)

@@ -1,18 +1,20 @@
-"""Revise failed rollouts of zero-hit prompts in embedding space and keep what the verifier accepts (paper Sec. 3, Alg. 1).
+"""Revise failed rollouts of zero-hit prompts in embedding space and keep what the verifier accepts
+(paper Sec. 3, Alg. 1).
 
     python revise.py --model toy_model --rollouts out/rollouts --out out/revised
     torchrun --nproc-per-node 8 revise.py --model Qwen/Qwen2.5-1.5B-Instruct --rollouts out/rollouts --out out/revised
     python revise.py show out/revised/revised.jsonl --id X     what happened to one prefix (show.py)
 
-A failed rollout [r; c] is cut after a share rho of its tokens. With the model frozen, K Frank-Wolfe steps move the input
-embeddings E_r of the prefix inside conv(W), the hull of the vocabulary embeddings: away from the failed continuation c,
-toward the gold answer. New continuations c^ are decoded from [q; E_r*]; where one is right, E_r* is projected to tokens
-r^ and [r^; c^] is verified again: that is a recovered trajectory.
+A failed rollout [r; c] is cut after a share rho of its tokens. With the model frozen, K Frank-Wolfe steps move the
+input embeddings E_r of the prefix inside conv(W), the hull of the vocabulary embeddings: away from the failed
+continuation c, toward the gold answer. New continuations c^ are decoded from [q; E_r*]; where one is right, E_r* is
+projected to tokens r^ and [r^; c^] is verified again: that is a recovered trajectory.
 
 Reads   rollouts.jsonl of rollout.py (prompts whose rollouts all failed).
-Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `prefix_len`, `recovered`, `losses` (explore,
-        guide, nll per step), `gaps`, `gammas`, `passes` (forward), `kept` (share of prefix tokens the projection gives
-        back), `continuations` (with --min-logprob: `logprob` of the right ones), `prefix_file`; prefixes-*.safetensors, the atoms and weights that rebuild every soft prefix;
+Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `prefix_len`, `recovered`, `losses`
+        (explore, guide, nll per step), `gaps`, `gammas`, `passes` (forward), `kept` (share of prefix tokens the
+        projection gives back), `continuations` (with --min-logprob: `logprob` of the right ones), `prefix_file`;
+        prefixes-*.safetensors, the atoms and weights that rebuild every soft prefix;
         recovered.jsonl, one hard trajectory per right continuation, in the fields of rollouts.jsonl.
 
 Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves open: the cut is
@@ -107,8 +109,8 @@ def oracle(G: Tensor, W: Tensor, allowed: Tensor) -> Tensor:
 def soft_prefix(W: Tensor, atoms: list[Tensor], weights: list[float]) -> Tensor:
     """E_r (R, D) float32 as sum_i weights_i W[atoms_i]: what Eq. (7) gives when it is multiplied out.
 
-    Every iterate is a convex combination of at most K+1 tokens per position, with the same weights at every position. So
-    ids and weights are all there is to a soft prefix: stored, they rebuild it bit for bit.
+    Every iterate is a convex combination of at most K+1 tokens per position, with the same weights at every position.
+    So ids and weights are all there is to a soft prefix: stored, they rebuild it bit for bit.
     """
     E = torch.zeros(len(atoms[0]), W.shape[1], device=W.device)
     for ids, weight in zip(atoms, weights):
@@ -118,12 +120,12 @@ def soft_prefix(W: Tensor, atoms: list[Tensor], weights: list[float]) -> Tensor:
 
 def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: Tensor, args: argparse.Namespace,
                     keep: set[int] = frozenset()) -> list[dict[int, Tensor]]:
-    """Algorithm 1 on a batch, the model frozen: every rollout's revised prefix, (R, D) float32, after the steps in `keep`
-    and after the last, {step: prefix}.
+    """Algorithm 1 on a batch, the model frozen: every rollout's revised prefix, (R, D) float32, after the steps in
+    `keep` and after the last, {step: prefix}.
 
-    Fills in the rest of every Failure; its atoms and weights are all that `soft_prefix` needs to rebuild the last prefix
-    (with --optimizer adam it cannot be rebuilt). A rollout whose L_guide is below --eps-stop leaves the batch before it is
-    moved, and stays as it is.
+    Fills in the rest of every Failure; its atoms and weights are all that `soft_prefix` needs to rebuild the last
+    prefix (with --optimizer adam it cannot be rebuilt). A rollout whose L_guide is below --eps-stop leaves the batch
+    before it is moved, and stays as it is.
     """
     window = getattr(model.config, "sliding_window", None)
     if window and max(len(f.q) + len(f.r) + len(f.c) for f in batch) > window:
@@ -138,7 +140,8 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
     active, tensors = list(range(len(batch))), None
 
     def total(trial: dict[int, tuple], losses: Tensor | None = None) -> dict[int, float]:
-        """L_total of every active rollout, Eq. (5): from its losses, or in a forward pass at trial's (atoms, weights)."""
+        """L_total of every active rollout, Eq. (5): from its losses,
+        or in a forward pass at trial's (atoms, weights)."""
         if losses is None:
             E = torch.cat([soft_prefix(W, *trial[b]) if b in trial else soft[b] for b in active])
             losses, _ = packed.losses_and_gradient(model, tensors, E, gradient=False)
@@ -194,7 +197,8 @@ def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[i
 
 
 def cut(response_ids: list[int], rho: float) -> int:
-    """|r| = floor(rho * tokens), end-of-sequence included in the count. 0 means that the rollout is too short to cut."""
+    """|r| = floor(rho * tokens), end-of-sequence included in the count.
+    0 means that the rollout is too short to cut."""
     n = math.floor(rho * len(response_ids) + 1e-9)  # 0.29 * 100 is 28.999999999999996
     return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
@@ -219,12 +223,13 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     steps = {args.revision_steps, *(range(0, args.revision_steps, args.record_every) if args.record_every else ())}
     if args.start == "soft":
         prefixes = revise_prefixes(model, batch, template, allowed, args, steps)
-    else:
-        prefixes = [dict.fromkeys(steps, soft_prefix(W, f.atoms, f.weights)) for f in batch]  # controls: hard prefix, or none
+    else:  # controls: hard prefix, or none
+        prefixes = [dict.fromkeys(steps, soft_prefix(W, f.atoms, f.weights)) for f in batch]
     results = [{} for _ in batch]
     eos = common.eos_ids(model, tokenizer)
     questions = [W[torch.tensor(f.q, device=W.device)] for f in batch]  # Embed(q), each (Q, D)
-    keys = [[rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)] for f in batch]
+    keys = [[rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
+            for f in batch]
     context = common.context_length(model)
     limits = [int(min(args.max_new_tokens - len(f.r), context - len(f.q) - len(f.r))) for f in batch]
     for step in sorted(steps):
@@ -259,8 +264,8 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         same = sum(a == b for a, b in zip(f.r, projected))
         records.append({
             "id": f.id, "sample": f.sample, "answer": r["answer"], "prefix_len": len(f.r),
-            "recovered": any(c["reward"] for c in continuations), "losses": f.losses, "gaps": f.gaps, "gammas": f.gammas,
-            "passes": f.passes + (args.rho_rule == "surprise" and args.start != "scratch"),
+            "recovered": any(c["reward"] for c in continuations), "losses": f.losses, "gaps": f.gaps,
+            "gammas": f.gammas, "passes": f.passes + (args.rho_rule == "surprise" and args.start != "scratch"),
             "kept": same / len(f.r) if f.r else 1.0,  # denominator: prefix tokens
             "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected,
             "atoms": [v.tolist() for v in f.atoms], "weights": f.weights,
@@ -286,8 +291,9 @@ def shelf_key(record: dict) -> str:
 def shelve_prefixes(records: Iterator[dict], out: Path) -> Iterator[dict]:
     """Move atoms and weights of every record to OUT/prefixes-00000.safetensors, ... and name the file in `prefix_file`.
 
-    Tensors ID/SAMPLE/atoms int32 (K+1, |r|), the first row r itself, and ID/SAMPLE/weights float64 (K+1,). A new file is
-    begun after SHELF_BYTES, so that no more than one is in memory; where a record goes depends on those before it alone.
+    Tensors ID/SAMPLE/atoms int32 (K+1, |r|), the first row r itself, and ID/SAMPLE/weights float64 (K+1,). A new file
+    is begun after SHELF_BYTES, so that no more than one is in memory;
+    where a record goes depends on those before it alone.
     """
     shelf, size, number = {}, 0, 0
 
@@ -310,7 +316,8 @@ def shelve_prefixes(records: Iterator[dict], out: Path) -> Iterator[dict]:
 
 
 def load_prefix(folder: Path, record: dict) -> tuple[Tensor, list[float]]:
-    """Atoms (K+1, R) and weights (K+1) of a record of revised.jsonl in `folder`. Raises UserError if they are not there."""
+    """Atoms (K+1, R) and weights (K+1) of a record of revised.jsonl in `folder`.
+    Raises UserError if they are not there."""
     name = str(record.get("prefix_file"))
     try:
         if Path(name).name != name:  # a name from a file must not lead out of the folder
@@ -340,7 +347,8 @@ class Entry:
 
 
 def read_failures(file: Path, rho: float) -> tuple[dict[str, list[Entry]], int]:
-    """The failed rollouts of every zero-hit prompt, {id: entries in sample order}, and how many were too short to cut."""
+    """The failed rollouts of every zero-hit prompt, {id: entries in sample order},
+    and how many were too short to cut."""
     def keep(r: dict) -> tuple:
         if type(r["sample"]) is not int or not isinstance(r["answer"], str) or r["reward"] not in (0, 1):
             raise ValueError("sample is not a number, answer not text, or reward not 0 or 1")
@@ -368,7 +376,8 @@ def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
         n = int(controls.SHARES[1] * len(r["response_ids"]))
     most = min(len(r["prompt_ids"]) + args.max_new_tokens, context)
     if 0 < args.max_batch_tokens < most:
-        raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: {where[12:]} and its longest continuation take {most}")
+        raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: {where[12:]} and its longest continuation "
+                        f"take {most}")
     if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
         raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
                         f"--max-new-tokens {args.max_new_tokens} and the context of --model, {context} tokens")
@@ -383,31 +392,34 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beta-nll", type=float, default=0.1, help="[Table 7] beta, weight of L_NLL; 0: Table 3")
     parser.add_argument("--explore-weight", type=float, default=1.0, help="[Eq. 5] weight of L_explore; 0: Table 3")
     parser.add_argument("--eps-stop", type=float, default=1e-3, help="[Table 7] stop a rollout when L_guide is below")
-    parser.add_argument("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the sentence that the gold answer ends")
+    parser.add_argument("--template", default=TEMPLATE,
+                        help="[Sec. 3.3] c_tmpl, the sentence that the gold answer ends")
     parser.add_argument("--reduction", default="sum", choices=["sum", "mean"], help="[Eqs. 2-4] sum; mean is [ours]")
-    parser.add_argument("--projection", default="inner", choices=["inner", "cosine", "l2"], help="[Eq. 8] inner product")
+    parser.add_argument("--projection", default="inner", choices=["inner", "cosine", "l2"],
+                        help="[Eq. 8] inner product")
     parser.add_argument("--vertex-rows", default="tokens", choices=["tokens", "text", "all"],
                         help="[ours] vertices: every id of the tokenizer, all but the special ones, or all rows of W")
     parser.add_argument("--continuations", type=int, default=8, help="[Fig. 3] continuations per revised prefix")
     parser.add_argument("--from", dest="start", default="soft", choices=["soft", "hard-prefix", "scratch"],
                         help="[ours] controls: continue the unrevised prefix, or sample anew from the prompt")
-    parser.add_argument("--batch-tokens", type=int, default=16384,
-                        help="[ours] padded tokens of the failed rollouts revised together: the memory flag of the revision")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="[ours] padded tokens of the failed rollouts "
+                        "revised together: the memory flag of the revision")
     parser.add_argument("--record-every", type=int, default=0, help="[Fig. 3] also decode after every so many steps")
     controls.add_control_args(parser)
 
 
 def check_revision_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
-    for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0, "gamma0": 0 < args.gamma0 <= 1,
-                       "continuations": args.continuations > 0, "record_every": args.record_every >= 0,
-                       "batch_tokens": args.batch_tokens > 0,
+    for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0,
+                       "gamma0": 0 < args.gamma0 <= 1, "continuations": args.continuations > 0,
+                       "record_every": args.record_every >= 0, "batch_tokens": args.batch_tokens > 0,
                        "min_logprob": args.min_logprob is None or abs(args.min_logprob) < float("inf"),
                        **{k: abs(getattr(args, k)) < float("inf") for k in (
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
-    if args.optimizer == "adam" and (args.direction, args.step_rule, args.vertices) != ("frank-wolfe", "diminishing", "oracle"):
+    if args.optimizer == "adam" and (
+            args.direction, args.step_rule, args.vertices) != ("frank-wolfe", "diminishing", "oracle"):
         raise UserError("--optimizer adam has no --direction, --step-rule or --vertices: those are of Frank-Wolfe")
 
 
@@ -416,8 +428,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_model_args(parser)
     parser.add_argument("--rollouts", required=True, help="[ours] output folder of rollout.py, or its rollouts.jsonl")
     parser.add_argument("--out", required=True, help="[ours] output folder")
-    parser.add_argument("--checkpoint-activations", action="store_true",
-                        help="[ours] recompute activations in the backward: less memory for long rollouts, a third slower")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="[ours] recompute activations in the "
+                        "backward: less memory for long rollouts, a third slower")
     parser.add_argument("--attempts", type=int, default=0,
                         help="[ours] failed rollouts tried per prompt until one is recovered; 0 for all")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],

@@ -4,16 +4,17 @@
     torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl -n 32 --out out/rollouts
 
 Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names through flags.
-Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or "length"), `reward`,
-        `answer`; zero_hit.jsonl: the problems none of whose N responses passed; summary.json: the pass-rate histogram.
+Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or "length"),
+        `reward`, `answer`; zero_hit.jsonl: the problems none of whose N responses passed;
+        summary.json: the pass-rate histogram.
 
-How a response is drawn, and why its text depends on (seed, problem id, sample number) alone: sampling.py. Processes claim
-problems from one list as their batches have room, so none waits for another, and append what is finished to a part file
-each; killed at any moment, the same command samples what is missing and writes the same files.
+How a response is drawn, and why its text depends on (seed, problem id, sample number) alone: sampling.py. Processes
+claim problems from one list as their batches have room, so none waits for another, and append what is finished to a
+part file each; killed at any moment, the same command samples what is missing and writes the same files.
 
-Memory  --max-batch-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a token
-        for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights). A pass over new prompts adds 8,192 tokens
-        at most. --batch-size: the most sequences decoded together, which bounds the logits, size x vocabulary.
+Memory  --max-batch-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a
+        token for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights). A pass over new prompts adds 8,192
+        tokens at most. --batch-size: the most sequences decoded together, which bounds the logits, size x vocabulary.
 
 Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is replaced); sampling
 settings are these flags alone, never those of a checkpoint's generation_config.
@@ -32,12 +33,15 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from sampling import Row, Sample, decode, draw, filter_logits, new_cache, row_key, sample, uniforms  # noqa: F401 (for callers)
+
+# What is not used here is for callers
+from sampling import Row, Sample, decode, draw, filter_logits, new_cache, row_key, sample, uniforms  # noqa: F401
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN = "Question: {problem}\n{instruction}\nAnswer:"
-DAPO = re.compile(r"\ASolve the following math problem step by step\. The last line of your response should be of the form "
-                  r"Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*\Z", re.DOTALL)
+DAPO = re.compile(r"\ASolve the following math problem step by step\. The last line of your response should be of the "
+                  r"form Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*\Z",
+                  re.DOTALL)
 
 
 # --- problems and prompts --------------------------------------------------------------------------------------------
@@ -71,7 +75,8 @@ def clean_problem(problem: object, where: str) -> str | list[dict]:
     if isinstance(problem, str):
         return (DAPO.match(problem) or [None, problem])[1]
     if not (isinstance(problem, list) and problem and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in problem)):
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in problem)):
         raise UserError(f"{where}: the problem is neither a string nor a list of chat messages")
     wrapped = DAPO.match(problem[0]["content"]) if len(problem) == 1 else None  # as the hub file of DAPO has it
     return wrapped[1] if wrapped else problem
@@ -119,8 +124,8 @@ def add_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace
                             f"--model holds {context}")
         p["limit"] = int(min(args.max_new_tokens, context - len(p["prompt_ids"])))
         if 0 < args.max_batch_tokens < len(p["prompt_ids"]) + p["limit"]:
-            raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: problem {p['id']!r} and its longest response take "
-                            f"{len(p['prompt_ids']) + p['limit']}")
+            raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: problem {p['id']!r} and its longest response "
+                            f"take {len(p['prompt_ids']) + p['limit']}")
 
 
 # --- rollouts of a problem set ---------------------------------------------------------------------------------------
@@ -158,11 +163,12 @@ def read_outcomes(path: Path) -> dict[tuple[str, int], tuple[int, str, int]]:
 
 
 class Progress:
-    """Rank 0's bar over the work of all ranks, which add theirs to shared counters once a second. done: {(id, sample): reward}
-    of what earlier runs finished."""
+    """Rank 0's bar over the work of all ranks, which add theirs to shared counters once a second.
+    done: {(id, sample): reward} of what earlier runs finished."""
 
     def __init__(self, problems: list[dict], n: int, done: dict, label: str):
-        self.bar = tqdm(total=len(problems) * n, initial=len(done), desc=label, unit="rollout", disable=common.rank() > 0)
+        self.bar = tqdm(total=len(problems) * n, initial=len(done), desc=label, unit="rollout",
+                        disable=common.rank() > 0)
         self.hits = {p["id"]: [done[p["id"], s] for s in range(n) if (p["id"], s) in done] for p in problems}
         self.n, self.start, self.shown = n, time.time(), 0.0
         full = [h for h in self.hits.values() if len(h) == n]
@@ -185,22 +191,23 @@ class Progress:
         self.mine, self.shown = [0] * len(self.mine), time.time()
         self.bar.n = rollouts
         # denominators: seconds of this run; rollouts so far
-        self.bar.set_postfix_str(f"{tokens / (time.time() - self.start):.0f} tok/s, pass {hits / max(rollouts, 1):.3f}, "
-                                 f"zero-hit {zero}/{full}")
+        self.bar.set_postfix_str(f"{tokens / (time.time() - self.start):.0f} tok/s, "
+                                 f"pass {hits / max(rollouts, 1):.3f}, zero-hit {zero}/{full}")
 
 
 def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out: Path, args, label: str) -> dict:
     """Sample and verify n responses to every problem into out/rollouts.jsonl; returns its outcomes.
 
-    Each rank appends what it finishes to its own part file; what is there already is not sampled again. When all is done
-    rank 0 merges the parts in problem order. Safe to kill at any moment.
+    Each rank appends what it finishes to its own part file; what is there already is not sampled again. When all is
+    done rank 0 merges the parts in problem order. Safe to kill at any moment.
     """
     final = out / "rollouts.jsonl"
     if final.exists():
         common.remove_parts(out, "rollouts")
         found = read_outcomes(final)
         if found.keys() != {(p["id"], s) for p in problems for s in range(n)}:  # it was cut or edited: never in a run
-            raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, and they are sampled again")
+            raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, "
+                            "and they are sampled again")
         return found
     verify = common.load_verifier(args.verifier)
     add_prompts(problems, model, tokenizer, args)
@@ -250,10 +257,11 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     parser.add_argument("--verifier", default="verifier.py:verify", help="[ours] path.py:function(response, gold)")
     parser.add_argument("--limit", type=int, default=0, help="[ours] only the first so many problems; 0 for all")
     parser.add_argument("--batch-size", type=int, default=64, help="[ours] most sequences decoded together")
-    parser.add_argument("--max-batch-tokens", type=int, default=2**18,
-                        help="[ours] most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
-    parser.add_argument("--cuda-graphs", action="store_true", help="[ours] decode in steps of one shape, which a GPU "
-                        "replays as a CUDA graph; no effect where attention slides; tested on a CPU alone, where it gains nothing")
+    parser.add_argument("--max-batch-tokens", type=int, default=2**18, help="[ours] most tokens in the KV cache, "
+                        "prompts and responses: the memory flag; 0 is no bound")
+    parser.add_argument("--cuda-graphs", action="store_true",
+                        help="[ours] decode in steps of one shape, which a GPU replays as a CUDA graph; no effect "
+                             "where attention slides; tested on a CPU alone, where it gains nothing")
 
 
 def add_problem_args(parser: argparse.ArgumentParser) -> None:
@@ -280,7 +288,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_model_args(parser)
     parser.add_argument("--data", required=True, help="[ours] problems, JSONL")
     parser.add_argument("--out", required=True, help="[ours] output folder")
-    parser.add_argument("-n", "--n", type=int, default=32, help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
+    parser.add_argument("-n", "--n", type=int, default=32,
+                        help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
     add_sampling_args(parser)
     add_problem_args(parser)
     return parser.parse_args(argv)

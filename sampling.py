@@ -1,14 +1,15 @@
 """Draw responses from a model: a queue of rows, a batch that stays full, and random numbers that belong to a row alone.
 
-`sample` is the one sampling function of the project; `decode` is what it and rollout.py run. A row's text depends on its
-key and nothing else: not on the batch it is in, its neighbours, when it joined, the number of processes or a restart
-(float32; see `uniforms`). Sampling settings are the arguments alone, never those of a checkpoint's generation_config.
+`sample` is the one sampling function of the project; `decode` is what it and rollout.py run. A row's text depends on
+its key and nothing else: not on the batch it is in, its neighbours, when it joined, the number of processes or a
+restart (float32; see `uniforms`). Sampling settings are the arguments alone,
+never those of a checkpoint's generation_config.
 
 How the batch works. All live rows write their next key and value into the same column of one buffer per layer, so a row
-occupies the columns start .. end-1 and everything before its start is masked; with explicit positions it does not matter
-where it starts. A prompt is prefilled once, for all of its responses that join together, and its keys are copied to the
-columns that end where the batch is. A finished row's slot is taken by the last row at once: no step is spent on a row
-that is done. Columns left of every start are out of sight, and dropped when the buffers grow.
+occupies the columns start .. end-1 and everything before its start is masked; with explicit positions it does not
+matter where it starts. A prompt is prefilled once, for all of its responses that join together, and its keys are copied
+to the columns that end where the batch is. A finished row's slot is taken by the last row at once: no step is spent on
+a row that is done. Columns left of every start are out of sight, and dropped when the buffers grow.
 """
 import hashlib
 import math
@@ -24,7 +25,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import common
 from common import UserError
 
-# Dimension key: P prompts, B rows of the batch, C columns of the KV cache, T tokens of a prompt, V vocabulary, D model width
+# Dimension key: P prompts, B rows of the batch, C columns of the KV cache, T tokens of a prompt,
+# V vocabulary, D model width
 
 PREFILL_TOKENS = 8192  # prefilled in one pass, padding included; a longer prompt is a pass of its own
 BLOCK = 256  # of the vocabulary, in `draw`
@@ -94,11 +96,11 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float
     total = cdf[:, -1:]
     target = u[:, None] * total
     # right=True: the first entry beyond the target, so that nothing of probability 0 is drawn, not even at u = 0
-    block = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # (B, 1); beyond it only where nan is
+    block = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[1] - 1)  # (B, 1); beyond it only for nan
     inside = weights[torch.arange(B, device=u.device), block[:, 0]]  # (B, BLOCK)
     cdf_inside = inside.double().cumsum(-1)
     rest = (target - cdf.gather(1, block) + sums.gather(1, block)).clamp(min=0)
-    rest = torch.minimum(rest, cdf_inside[:, -1:] * (1 - 2**-40))  # sums is rounded: never beyond the block's last weight
+    rest = torch.minimum(rest, cdf_inside[:, -1:] * (1 - 2**-40))  # sums is rounded: not beyond the block's last weight
     token = torch.searchsorted(cdf_inside, rest, right=True).clamp_(max=BLOCK - 1)
     logprob = (inside.gather(1, token) / total).log().float()
     return (block * BLOCK + token)[:, 0], logprob[:, 0]
@@ -122,8 +124,8 @@ class Row:
 
 
 class SlotLayer(DynamicLayer):
-    """A layer of the cache, written in place: Transformers' own concatenates, which copies the whole cache at every step and
-    is most of the time of a small model. buffers: keys and values, each (slots, heads, room, head_dim)."""
+    """A layer of the cache, written in place: Transformers' own concatenates, which copies the whole cache at every
+    step and is most of the time of a small model. buffers: keys and values, each (slots, heads, room, head_dim)."""
 
     def __init__(self, batch: "Batch"):
         super().__init__()
@@ -168,13 +170,14 @@ class Batch:
         self.cache.layers = [SlotLayer(self) for _ in self.cache.layers]
 
     def fits(self, rows: int, columns: int) -> bool:
-        """Whether max_tokens allows so many rows of so many columns, with an eighth to grow (else a row that joins now would
-        be put back at the next step). One row always fits: its caller has seen to it that it can end."""
-        return rows <= self.slots and (not self.max_tokens or rows == 1 or rows * (columns + columns // 8 + 1) <= self.max_tokens)
+        """Whether max_tokens allows so many rows of so many columns, with an eighth to grow (else a row that joins now
+        would be put back at the next step). One row always fits: its caller has seen to it that it can end."""
+        return rows <= self.slots and (
+            not self.max_tokens or rows == 1 or rows * (columns + columns // 8 + 1) <= self.max_tokens)
 
     def resize(self, rows: int, columns: int, refill: bool) -> None:
-        """New buffers for at least so many rows and columns and one more, with room to grow; what is out of sight is dropped.
-        refill: whether more rows may come."""
+        """New buffers for at least so many rows and columns and one more, with room to grow; what is out of sight is
+        dropped. refill: whether more rows may come."""
         room = columns + max(64, columns // 4)
         size = self.slots if refill else rows
         if self.max_tokens:
@@ -220,7 +223,8 @@ class Batch:
 
 class FixedStep:
     """The decoding step at one shape, for as long as the buffers last: all slots, free ones too, and all columns. A GPU
-    replays it as one CUDA graph, where the usual step launches about a thousand small kernels; a CPU runs it as it is."""
+    replays it as one CUDA graph, where the usual step launches about a thousand small kernels;
+    a CPU runs it as it is."""
 
     def __init__(self, model, batch: Batch):
         device, self.buffers = model.device, batch.cache.layers[0].buffers[0]
@@ -262,8 +266,8 @@ class FixedStep:
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, DynamicCache, Tensor]]:
-    """In passes of at most PREFILL_TOKENS: some of the rows, the logits (B, V) of their next token, the cache of their P
-    distinct contexts, and which of these is whose, (B,). Rows that share a prompt tensor share its pass."""
+    """In passes of at most PREFILL_TOKENS: some of the rows, the logits (B, V) of their next token, the cache of their
+    P distinct contexts, and which of these is whose, (B,). Rows that share a prompt tensor share its pass."""
     device, embed = model.device, model.get_input_embeddings()
     groups = {}
     for row in rows:
@@ -303,7 +307,8 @@ def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: 
     rows, waiting, dry, changed, step = iter(rows), deque(), False, True, None
 
     def joining() -> list[Row]:
-        """The next rows, when as many as an eighth of the batch fit in: a prefill each would cost more than free slots."""
+        """The next rows, when as many as an eighth of the batch fit in:
+        a prefill each would cost more than free slots."""
         nonlocal dry
         n, columns, fresh = len(batch.rows), batch.end - batch.low, []
         while batch.fits(n + len(fresh) + (1 if fresh else max(1, n // 8)), columns):

@@ -5,8 +5,9 @@
 
 For every position of the prefix: its token, how far its embedding moved (in units of its own norm), the token that the
 projection gives, and the tokens it moved toward with their weights (Eq. 7 makes each iterate a convex combination of
-tokens). For every step: the step size, the Frank-Wolfe gap and the three losses before it. The prefix is rebuilt from the
-tokens and weights that revise.py stored, in the dtype that it ran in: nothing is recomputed but the embeddings' look-up.
+tokens). For every step: the step size, the Frank-Wolfe gap and the three losses before it. The prefix is rebuilt from
+the tokens and weights that revise.py stored, in the dtype that it ran in:
+nothing is recomputed but the embeddings' look-up.
 """
 import argparse
 import html
@@ -27,10 +28,11 @@ white-space:pre-wrap;line-height:2}.p span{padding:.2rem .1rem;border-radius:.2r
 
 
 def explain(record: dict, atoms: torch.Tensor, weights: list[float], tokenizer, W: torch.Tensor) -> list[dict]:
-    """Per position: `token`, `projected`, `moved` = |E_j - W[r_j]| / |W[r_j]|, `toward` = [(token, weight)], heaviest first.
+    """Per position: `token`, `projected`, `moved` = |E_j - W[r_j]| / |W[r_j]|,
+    `toward` = [(token, weight)], heaviest first.
 
-    atoms (m, R) and weights (m) as revise.load_prefix gives them. A token that several steps picked has the sum of their
-    weights; what is left to 1 stays on the position's own token.
+    atoms (m, R) and weights (m) as revise.load_prefix gives them. A token that several steps picked has the sum of
+    their weights; what is left to 1 stays on the position's own token.
     """
     r = record["prefix_ids"]
     E, start = revise.soft_prefix(W, atoms, weights), W[torch.tensor(r)].float()
@@ -65,15 +67,16 @@ def number(x: float | None, digits: int = 3) -> str:
 
 
 def as_text(record: dict, rows: list[dict]) -> str:
-    lines = [printable(f"{record['id']} rollout {record['sample']}: gold {record['answer']}, recovered {record['recovered']}, "
-                       f"{len(rows)} prefix tokens, {100 * record['kept']:.0f} % kept"), "",
+    lines = [printable(f"{record['id']} rollout {record['sample']}: gold {record['answer']}, recovered "
+                       f"{record['recovered']}, {len(rows)} prefix tokens, {100 * record['kept']:.0f} % kept"), "",
              " step   gamma        gap  L_explore    L_guide      L_NLL"]
     lines += [f"{i:5d} {number(g):>7} {number(gap):>10} " + " ".join(f"{x:10.3f}" for x in loss)
               for i, g, gap, *loss in steps_of(record)]
     lines += ["", "  pos  moved  token          projected      moved toward (weight)"]
     for j, row in enumerate(rows):
         toward = "  ".join(f"{t!r} {w:.3f}" for t, w in row["toward"][:5])
-        lines.append(f"{j:5d} {row['moved']:6.3f}  {row['token']!r:14} {row['projected']!r:13}{'*' if row['changed'] else ' '} {toward}")
+        lines.append(f"{j:5d} {row['moved']:6.3f}  {row['token']!r:14} {row['projected']!r:13}"
+                     f"{'*' if row['changed'] else ' '} {toward}")
     lines += ["", "continuations:"]
     lines += [f"  {verdict(c)}  {printable(c['response'])}" for c in record["continuations"]]
     return "\n".join(lines)
@@ -85,22 +88,25 @@ def as_html(record: dict, rows: list[dict]) -> str:
     top = max([row["moved"] for row in rows], default=0.0) or 1.0
     # denominator: the position that moved farthest is the darkest
     prefix = "".join(f"<span class='{'changed' if row['changed'] else ''}' style='background:rgba(230,120,0,"
-                     f"{0.75 * row['moved'] / top:.2f})' title='moved {row['moved']:.3f}'>{e(row['token'])}</span>" for row in rows)
+                     f"{0.75 * row['moved'] / top:.2f})' title='moved {row['moved']:.3f}'>{e(row['token'])}</span>"
+                     for row in rows)
     steps = "".join(f"<tr><td>{i}<td>{number(g)}<td>{number(gap)}" + "".join(f"<td>{x:.3f}" for x in loss)
                     for i, g, gap, *loss in steps_of(record))
     positions = "".join(
-        f"<tr><td>{j}<td>{row['moved']:.3f}<td class=t>{e(row['token'])}<td class='t {'changed' if row['changed'] else ''}'>"
-        f"{e(row['projected'])}<td class=t>{e(', '.join(f'{t} {w:.3f}' for t, w in row['toward'][:5]))}"
+        f"<tr><td>{j}<td>{row['moved']:.3f}<td class=t>{e(row['token'])}"
+        f"<td class='t {'changed' if row['changed'] else ''}'>{e(row['projected'])}"
+        f"<td class=t>{e(', '.join(f'{t} {w:.3f}' for t, w in row['toward'][:5]))}"
         for j, row in enumerate(rows))
     continuations = "".join(f"<tr><td class='{'ok' if c['reward'] else 'no'}'>{verdict(c)}"
                             f"<td class=t>{e(printable(c['response']))}" for c in record["continuations"])
     title = e(printable(f"{record['id']}, rollout {record['sample']}: gold {record['answer']}"))
     return f"""<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>
-<p>{'Recovered' if record['recovered'] else 'Not recovered'}. The prefix, darker where its embedding moved farther; tokens that the
-projection changed are underlined ({100 * record['kept']:.0f} % are kept).</p><p class=p>{prefix}</p>
+<p>{'Recovered' if record['recovered'] else 'Not recovered'}. The prefix, darker where its embedding moved farther;
+tokens that the projection changed are underlined ({100 * record['kept']:.0f} % are kept).</p><p class=p>{prefix}</p>
 <h2>Continuations</h2><table><tr><th>verdict<th class=t>hard trajectory{continuations}</table>
 <h2>Steps</h2><table><tr><th>step<th>gamma<th>gap<th>L_explore<th>L_guide<th>L_NLL{steps}</table>
-<h2>Positions</h2><table><tr><th>#<th>moved<th class=t>token<th class=t>projected<th class=t>moved toward (weight){positions}</table>
+<h2>Positions</h2>
+<table><tr><th>#<th>moved<th class=t>token<th class=t>projected<th class=t>moved toward (weight){positions}</table>
 """
 
 
@@ -116,12 +122,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "losses", "gaps", "gammas", "prefix_ids", "prefix_file", "continuations"))
+    records = [r for r in common.read_jsonl(args.file, ("id", "sample", "losses", "gaps", "gammas", "prefix_ids",
+                                                        "prefix_file", "continuations"))
                if r["id"] == args.id and args.sample in (None, r["sample"])]
     if records and records[-1]["gaps"] and not records[-1]["gammas"]:
         raise UserError(f"{args.file}: the prefix of {args.id!r} moved without Frank-Wolfe and is not stored")
     if not records:
-        raise UserError(f"{args.file}: no record with --id {args.id}" + (f" --sample {args.sample}" if args.sample is not None else ""))
+        raise UserError(f"{args.file}: no record with --id {args.id}"
+                        + (f" --sample {args.sample}" if args.sample is not None else ""))
     run = Path(args.file).parent / "run.json"
     if args.model is None and not run.exists():
         raise UserError(f"--model is needed: there is no {run}")
@@ -134,7 +142,8 @@ def main(args: argparse.Namespace) -> None:
         rows = explain(records[-1], atoms, weights, tokenizer, model.get_input_embeddings().weight.detach())
         page = (as_html if args.html else as_text)(records[-1], rows)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{args.file}: the record of {args.id!r} was not written by revise.py for --model {path} ({e!r})") from None
+        raise UserError(f"{args.file}: the record of {args.id!r} was not written by revise.py for --model {path} "
+                        f"({e!r})") from None
     if args.html:
         common.write_atomic(args.html, page)
         print(f"written: {args.html}")

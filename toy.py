@@ -2,26 +2,28 @@ r"""The toy world: running sums with a systematic slip, its tokenizer, its probl
 
 A controlled stand-in for "a model that can reason but rarely does". A problem is a start and several additions,
 `29+4+3+9+6+4?`; a response writes every step and closes with a box: `29+4=33;33+3=36;36+9=35;... So the answer is
-\boxed{35}.` In the base model's training text a step that crosses a ten forgets the carry with probability 0.8 (36+9=35), in
-a first pass only. The slip keeps the units digit, so the number of carries of a problem is the same whatever slips, and it
-is the problem's difficulty: a first pass is right with probability 0.2^carries, and prompts with 4 carries or more are
-almost all zero-hit at N = 32. Of the texts, 40 % carry a request in the prompt (` Check your work.`) and show, after the box
-or after any step, a reflective phrase (` Wait, let me recheck.`) and a clean second pass. Without the request this is shown
-in 0.3 % of the texts. So the model can correct itself and rarely does.
+\boxed{35}.` In the base model's training text a step that crosses a ten forgets the carry with probability 0.8
+(36+9=35), in a first pass only. The slip keeps the units digit, so the number of carries of a problem is the same
+whatever slips, and it is the problem's difficulty: a first pass is right with probability 0.2^carries, and prompts with
+4 carries or more are almost all zero-hit at N = 32. Of the texts, 40 % carry a request in the prompt
+(` Check your work.`) and show, after the box or after any step, a reflective phrase (` Wait, let me recheck.`) and a
+clean second pass. Without the request this is shown in 0.3 % of the texts.
+So the model can correct itself and rarely does.
 
-    python toy.py data  --out DIR         train, hard, test_hard and test_easy .jsonl: {"id", "problem", "answer", "carries"}
+    python toy.py data  --out DIR         train, hard, test_hard and test_easy .jsonl:
+                                          {"id", "problem", "answer", "carries"}
     python toy.py train --out toy_model   the base model, from nothing (safetensors, tokenizer, run.json)
     python toy.py check --model toy_model measures what the base model does; prints one JSON object
 
 The shipped model (run.json; 200 prompts a set, 32 samples): on >= 4 carries accuracy 0.17 % and 94 % zero-hit, unasked
-reflection 0.22 %. Asked to check, it starts a second pass 99.8 % of the time, and the box is right in 91 % and the whole pass
-in 89 %. Tried: a Qwen2 of the same size (see build_model).
+reflection 0.22 %. Asked to check, it starts a second pass 99.8 % of the time, and the box is right in 91 % and the
+whole pass in 89 %. Tried: a Qwen2 of the same size (see build_model).
 
 toy_words.py is a second world, made by the same code. A world is a module that has its own TRAINING, DIFFICULTY, HARD,
 FIRST_PASS, PHRASES, STEP and JOIN, and parts, facts, is_sound, draw_problem and write_pass.
 
-One process; every draw is a function of --seed. The problem sets and the training texts come from different hash classes
-of the problem string, so no problem is in two of them.
+One process; every draw is a function of --seed. The problem sets and the training texts come from different hash
+classes of the problem string, so no problem is in two of them.
 """
 import argparse
 import hashlib
@@ -78,7 +80,8 @@ REFLECTIONS = (" Wait, let me recheck.", " Hmm, let me verify each step.", " Act
 
 UNK, PAD, START, EOS = "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PHRASES = [*JOINS]  # what the texts hold beside the phrases of all worlds
-# One alternative per kind of token, as byte-pair vocabularies have them: words carry their leading space, numbers do not.
+# One alternative per kind of token, as byte-pair vocabularies have them: words carry their leading space,
+# numbers do not.
 PIECE = r" \\boxed\{|\}\.|\.\n| ?[A-Za-z-]+|[1-9]\d|[\s\S]"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -86,8 +89,9 @@ CHAT_TEMPLATE = (
 )
 STEP = re.compile(r"(?<![\d+=])(\d{1,9})\+(\d{1,9})=(\d{1,9})(?![\d+=])")
 JOIN = re.compile(r"[;,\n]")
-REFLECTION = re.compile(r"\b(wait|hmm|actually|hold on|recheck|reconsider|verify|double-check|make sure)\b", re.IGNORECASE)
-TAIL = re.compile(r"[^\d+=]*\\boxed\{(\d{1,9})\}[^\d+=]*")  # from the last step to the end: one box, no other arithmetic
+REFLECTION = re.compile(r"\b(wait|hmm|actually|hold on|recheck|reconsider|verify|double-check|make sure)\b",
+                        re.IGNORECASE)
+TAIL = re.compile(r"[^\d+=]*\\boxed\{(\d{1,9})\}[^\d+=]*")  # from last step to end: one box, no other arithmetic
 
 
 # --- reading texts ---------------------------------------------------------------------------------------------------
@@ -126,7 +130,8 @@ def passes(text: str, world: ModuleType = THIS) -> list[list[re.Match]]:
 def is_sound(problem: str, response: str) -> bool:
     """Is the last pass of the response a complete, right chain from the start over every addend to the boxed answer?
 
-    Stricter than the verifier, which sees only the box: a response that jumps to the gold answer is right and not sound.
+    Stricter than the verifier, which sees only the box:
+    a response that jumps to the gold answer is right and not sound.
     """
     ns, found = parts(problem), passes(response)
     if not ns or not found:
@@ -159,8 +164,8 @@ def pick(rng: random.Random, weighted: dict[str, int]) -> str:
 
 
 def write_pass(rng: random.Random, ns: list[int], slip: float = 0.0, misread: float = 0.0) -> tuple[str, int]:
-    """One pass over the sum, `29+4=33;33+3=36`, and its last sum. A carry is forgotten with probability `slip`, an addend
-    read as another with probability `misread`."""
+    """One pass over the sum, `29+4=33;33+3=36`, and its last sum. A carry is forgotten with probability `slip`, an
+    addend read as another with probability `misread`."""
     text, total = "", ns[0]
     for i, n in enumerate(ns[1:]):
         n = min(rng.randint(1, 9) if rng.random() < misread else n, 99 - total)  # sums stay below 100
@@ -250,8 +255,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer) // 32 * 32 + 32, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},  # texts are short
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+        max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 500.0},  # texts are short
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     # Explicit and neutral: generate() would otherwise fill in its own top_k
     model.generation_config = GenerationConfig(
@@ -262,7 +267,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 
 def render(tokenizer: PreTrainedTokenizerFast, message: str) -> str:
     """The prompt that the pipeline builds for a user message, as text."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True,
+                                         tokenize=False)
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, examples: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
@@ -302,7 +308,8 @@ def text_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) 
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
-def fit(world: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> float:
+def fit(world: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast,
+        args: argparse.Namespace) -> float:
     """Trains in place; returns the mean loss of the last 50 steps (nats per response token)."""
     decay = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -334,20 +341,22 @@ def mean(xs: list) -> float | None:
     return round(sum(xs) / len(xs), 5) if xs else None
 
 
-def respond(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, messages: list[str], seed: int) -> list[list[int]]:
+def respond(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, messages: list[str],
+            seed: int) -> list[list[int]]:
     """One sampled response (ids, EOS included) per user message, at temperature 1."""
     rows = []
     for i in range(0, len(messages), 512):
         prompts = [torch.tensor(tokenizer(render(tokenizer, m))["input_ids"]) for m in messages[i : i + 512]]
         keys = [[rollout.row_key(seed, "toy", i + j)] for j in range(len(prompts))]
-        found = rollout.sample(model, prompts, keys, [160] * len(prompts), eos=[tokenizer.eos_token_id], vocab=len(tokenizer))
+        found = rollout.sample(model, prompts, keys, [160] * len(prompts), eos=[tokenizer.eos_token_id],
+                               vocab=len(tokenizer))
         rows += [sample.ids for (sample,) in found]
     return rows
 
 
 def cut_from_chain(world: ModuleType, tokenizer: PreTrainedTokenizerFast, ids: list[int], rho: float) -> int:
-    """Where the revision's cut floor(rho * tokens), EOS counted, falls from the last token of the first pass, in tokens:
-    0 right after it, 1 after its full stop, more inside the closing sentence, negative inside the chain."""
+    """Where the revision's cut floor(rho * tokens), EOS counted, falls from the last token of the first pass, in
+    tokens: 0 right after it, 1 after its full stop, more inside the closing sentence, negative inside the chain."""
     text = tokenizer.decode(ids)
     end = max((m.end() for chain in passes(text, world)[:1] for m in chain), default=0)
     return int(rho * len(ids)) - len(tokenizer(text[:end])["input_ids"])
@@ -368,7 +377,8 @@ def measure(world: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTok
         hits = [sum(right[i : i + n]) for i in range(0, len(right), n)]
         unasked += map(has_reflection, texts)
         report[name] = {
-            "accuracy": mean(right), "zero_hit": mean([h == 0 for h in hits]), "mean_tokens": mean(list(map(len, rows))),
+            "accuracy": mean(right), "zero_hit": mean([h == 0 for h in hits]),
+            "mean_tokens": mean(list(map(len, rows))),
             "finished": mean([ids[-1] == tokenizer.eos_token_id for ids in rows]), (by := f"by_{world.DIFFICULTY}"): {}}
         for d in sorted({p[world.DIFFICULTY] for p in problems}):
             of = [h for h, p in zip(hits, problems, strict=True) if p[world.DIFFICULTY] == d]
@@ -376,7 +386,8 @@ def measure(world: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTok
                 "prompts": len(of), "accuracy": mean([h / n for h in of]), "zero_hit": mean([h == 0 for h in of])}
         if name == "test_hard":
             cuts = [cut_from_chain(world, tokenizer, ids, 0.8) for ids in rows]
-            report["cut"] = {"inside_closing": mean([c > 1 for c in cuts]), "at_chain_end": mean([0 <= c <= 1 for c in cuts]),
+            report["cut"] = {"inside_closing": mean([c > 1 for c in cuts]),
+                             "at_chain_end": mean([0 <= c <= 1 for c in cuts]),
                              "tokens_left": mean([len(ids) - int(0.8 * len(ids)) for ids in rows])}
     report["reflects_unasked"] = mean(unasked)
     asked, rng = [p for problems in sets.values() for p in problems], random.Random(f"{seed}/check")
@@ -404,7 +415,8 @@ def get_args(argv: list[str] | None = None, world: ModuleType = THIS) -> argpars
     common.add_model_args(check)
     for command in (train, check):
         command.add_argument("-n", "--n", type=int, default=32, help="[ours] samples per prompt when measuring")
-        command.add_argument("--prompts", type=int, default=200, help="[ours] prompts per set when measuring, at most 400")
+        command.add_argument("--prompts", type=int, default=200,
+                             help="[ours] prompts per set when measuring, at most 400")
     for command in (data, train, check):
         command.add_argument("--seed", type=int, default=0, help="[ours] every draw is a function of it")
     return parser.parse_args(argv)
@@ -433,13 +445,14 @@ def main(args: argparse.Namespace, world: ModuleType = THIS) -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     run = {
-        "command": f"python {Path(world.__file__).name} train --out {args.out} --steps {args.steps} --batch {args.batch} "
-                   f"--lr {args.lr} --seed {args.seed}",
+        "command": f"python {Path(world.__file__).name} train --out {args.out} --steps {args.steps} "
+                   f"--batch {args.batch} --lr {args.lr} --seed {args.seed}",
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "final_loss": round(loss, 5),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
     }
     run["measured"] = measure(world, model, tokenizer, args.seed, args.prompts, args.n) if args.prompts else None
     common.write_atomic(Path(args.out) / "run.json", json.dumps(run, indent=1) + "\n")

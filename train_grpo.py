@@ -1,11 +1,13 @@
-"""GRPO on verifiable rewards, with zero-hit groups rescued by LatentRevise: `--revise` (paper Sec. 3.6, Tables 1 and 2).
+"""GRPO on verifiable rewards, with zero-hit groups rescued by LatentRevise: `--revise`
+(paper Sec. 3.6, Tables 1 and 2).
 
     python train_grpo.py --model toy_model --data hard.jsonl --out out/grpo --revise --steps 60
-    torchrun --nproc-per-node 8 train_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl --out out/grpo --revise
+    torchrun --nproc-per-node 8 train_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl --out out/grpo \
+--revise
 
 Each step: sample a group of N responses per prompt, verify, revise a failed response of every group without a hit and
-put the recovered trajectory in its place, compute advantages, update. Without --revise this is the plain baseline, and a
-batch in which every group has a hit is the same with and without it, bit for bit.
+put the recovered trajectory in its place, compute advantages, update. Without --revise this is the plain baseline, and
+a batch in which every group has a hit is the same with and without it, bit for bit.
 
 Reads   problems as rollout.py does.
 Writes  metrics.jsonl and samples.jsonl, eval.jsonl and OUT/eval with --eval-data, checkpoints to resume from (the same
@@ -13,38 +15,38 @@ Writes  metrics.jsonl and samples.jsonl, eval.jsonl and OUT/eval with --eval-dat
 
 What each --algo is, silent variants included. L: loss; A: advantage; d = log ref - log p; `-`: does not apply.
 
-                    grpo                           dapo                           opsd
-    reference       arXiv 2402.03300, Eq. (3)      arXiv 2503.14476, Eq. (8)      arXiv 2601.18734 v1, Eq. (6)
-    L per token     -min(ratio A, clip(ratio) A)   the same                       JSD_beta(teacher || student) over the
-                    + kl_coef KL                                                  whole vocabulary (GKD, arXiv 2306.13649)
-    group size      8 (Table 7)                    8                              1 (its Sec. 4.1)
-    advantage       (R - mean) / (std + 1e-6)      the same                       - (the reward is logged only)
-    std             ddof 1, over the group         the same                       -
-    all rewards     kept, A = 0                    dropped; others sampled,       kept
-      equal                                        at most --resample rounds,
-                                                   then a smaller batch
-    reward          0 or 1                         - overlong penalty, Eq. (13),  -
-                                                   with --overlong-buffer
-    ratio           per token, p / p_old           the same                       -
-    p_old           p before the step's first update: with --updates 1 the ratio is 1 and clipping idle
-    clip            0.2 / 0.2                      0.2 / 0.28 (its Eq. (10))      --opsd-clip: off (0.05 in its v3, of
-                                                                                  each vocabulary entry's term)
-    dual clip       none (VERL: 3.0)               none                           -
-    KL              k3, exp(d) - d - 1, in L,      none                           none
-                    reference: the initial model
-    mean            over all response tokens of the step, not per response first: VERL's token-mean, DAPO's Eq. (12).
-                    GRPO's Eq. (3) and OPSD's Eq. (6) average each response first; OPSD's code averages over tokens
-    exp             of log-differences clamped to +-20, in the ratio and in k3, as VERL does; VERL also clamps k3 to 10
-    teacher         -                              -                              the initial model, fixed (Sec. 4.1), the
-                                                                                  same prompt and --opsd-hint with the
-                                                                                  gold answer (the paper: a solution)
-    beta            -                              -                              0.5, as v1 (v3: 0, forward KL)
-    optimizer       AdamW, constant lr 1e-5, all weights (Table 7); OPSD's paper: LoRA, warm-up and cosine
+                  grpo                           dapo                           opsd
+    reference     arXiv 2402.03300, Eq. (3)      arXiv 2503.14476, Eq. (8)      arXiv 2601.18734 v1, Eq. (6)
+    L per token   -min(ratio A, clip(ratio) A)   the same                       JSD_beta(teacher || student) over the
+                  + kl_coef KL                                                  whole vocabulary (GKD, arXiv 2306.13649)
+    group size    8 (Table 7)                    8                              1 (its Sec. 4.1)
+    advantage     (R - mean) / (std + 1e-6)      the same                       - (the reward is logged only)
+    std           ddof 1, over the group         the same                       -
+    all rewards   kept, A = 0                    dropped; others sampled,       kept
+      equal                                      at most --resample rounds,
+                                                 then a smaller batch
+    reward        0 or 1                         - overlong penalty, Eq. (13),  -
+                                                 with --overlong-buffer
+    ratio         per token, p / p_old           the same                       -
+    p_old         p before the step's first update: with --updates 1 the ratio is 1 and clipping idle
+    clip          0.2 / 0.2                      0.2 / 0.28 (its Eq. (10))      --opsd-clip: off (0.05 in its v3, of
+                                                                                each vocabulary entry's term)
+    dual clip     none (VERL: 3.0)               none                           -
+    KL            k3, exp(d) - d - 1, in L,      none                           none
+                  reference: the initial model
+    mean          over all response tokens of the step, not per response first: VERL's token-mean, DAPO's Eq. (12).
+                  GRPO's Eq. (3) and OPSD's Eq. (6) average each response first; OPSD's code averages over tokens
+    exp           of log-differences clamped to +-20, in the ratio and in k3, as VERL does; VERL also clamps k3 to 10
+    teacher       -                              -                              the initial model, fixed (Sec. 4.1), the
+                                                                                same prompt and --opsd-hint with the
+                                                                                gold answer (the paper: a solution)
+    beta          -                              -                              0.5, as v1 (v3: 0, forward KL)
+    optimizer     AdamW, constant lr 1e-5, all weights (Table 7); OPSD's paper: LoRA, warm-up and cosine
 
 Injected trajectories (--revise): log-probabilities are those of the hard tokens. --injected-ratio current: p_old is the
-current policy's, as for any response. luffy (arXiv 2504.14945, policy shaping): off-policy tokens have
-L = -f(p) A, f(x) = x / (x + 0.1), denominator of the ratio 1, no clipping; the rest of the row (A, KL, mean) is as above,
-while LUFFY itself also drops std, the KL and the clip of the other tokens.
+current policy's, as for any response. luffy (arXiv 2504.14945, policy shaping): off-policy tokens have L = -f(p) A,
+f(x) = x / (x + 0.1), denominator of the ratio 1, no clipping; the rest of the row (A, KL, mean) is as above, while
+LUFFY itself also drops std, the KL and the clip of the other tokens.
 Differs from the paper: it does not say which of these variants it used.
 """
 import argparse
@@ -73,7 +75,8 @@ HINT = "The correct answer is {answer}. Knowing it, solve the problem in your ow
 
 # --- the objective ---------------------------------------------------------------------------------------------------
 def advantages(rewards: list[float]) -> list[float]:
-    """A_i = (R_i - mean) / (std + 1e-6) over one group, std with ddof 1: Sec. 3.1. All zero where all rewards are equal."""
+    """A_i = (R_i - mean) / (std + 1e-6) over one group, std with ddof 1: Sec. 3.1.
+    All zero where all rewards are equal."""
     r = torch.tensor(rewards, dtype=torch.float64)
     if len(r) < 2 or bool((r == r[0]).all()):
         return [0.0] * len(r)
@@ -84,8 +87,8 @@ def policy_loss(logp: Tensor, old: Tensor, ref: Tensor | None, advantage: Tensor
                 kl_coef: float, shaped: Tensor | None = None, gamma: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
     """Per token (M,): the clipped surrogate plus kl_coef * KL; the KL estimate; whether the ratio was clipped.
 
-    Surrogate: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's, with the bounds apart as in DAPO Eq. (8).
-    shaped: bool, tokens with LUFFY's -p / (p + gamma) A instead.
+    Surrogate: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), PPO's, with the bounds apart as in DAPO
+    Eq. (8). shaped: bool, tokens with LUFFY's -p / (p + gamma) A instead.
     """
     ratio = (logp - old).clamp(-LOG_BOUND, LOG_BOUND).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -119,7 +122,8 @@ def sample_groups(model, tokenizer, vocab: int, problems: list[dict], key: tuple
 
 
 def add_teacher_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace) -> None:
-    """opsd: give each problem its `teacher_ids`, the prompt of the teacher that sees the gold answer; it must leave room."""
+    """opsd: give each problem its `teacher_ids`, the prompt of the teacher that sees the gold answer;
+    it must leave room."""
     context = common.context_length(model)
     for p in problems:
         hint, problem = args.opsd_hint.replace("{answer}", p["answer"]), p["problem"]
@@ -134,7 +138,8 @@ def add_teacher_prompts(problems: list[dict], model, tokenizer, args: argparse.N
         p["limit"] = int(min(p["limit"], context - len(p["teacher_ids"])))
 
 
-def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, args, verify) -> tuple[list[list[dict]], int]:
+def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, args,
+           verify) -> tuple[list[list[dict]], int]:
     """Revise one failed rollout of every zero-hit group; a recovered trajectory takes its place (or is appended).
 
     Returns new groups (the old are not changed) and the number rescued. Groups with a hit cost nothing.
@@ -164,7 +169,8 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
     Prompt j of a round belongs to rank j mod world. With --algo dapo, groups without signal are dropped and further
     prompts sampled, in one global order, so that the batch does not depend on the number of processes.
     """
-    counts = Counter(dict.fromkeys(("groups", "zero_hit", "rescued", "signal", "sampled", "hits", "tokens", "truncated"), 0))
+    counts = Counter(dict.fromkeys(
+        ("groups", "zero_hit", "rescued", "signal", "sampled", "hits", "tokens", "truncated"), 0))
     kept, longest, seconds, mine = 0, 0, {"seconds_sample": 0.0, "seconds_revise": 0.0}, []
     for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
         key = (args.seed, "grpo", step, turn)
@@ -185,9 +191,10 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
         seconds["seconds_sample"] += middle - start
         seconds["seconds_revise"] += time.time() - middle
         signal = [0 < sum(r["reward"] for r in g) < len(g) for g in groups]
-        counts.update(groups=len(groups), zero_hit=hits.count(0), signal=sum(signal), sampled=len(responses), hits=sum(hits),
-                      tokens=sum(lengths), truncated=sum(r["finish"] == "length" for r in responses))  # adds
-        places = sorted((common.rank() + j * common.world_size(), s or args.algo != "dapo") for j, s in enumerate(signal))
+        counts.update(groups=len(groups), zero_hit=hits.count(0), signal=sum(signal), sampled=len(responses),  # adds
+                      hits=sum(hits), tokens=sum(lengths), truncated=sum(r["finish"] == "length" for r in responses))
+        places = sorted((common.rank() + j * common.world_size(), s or args.algo != "dapo")
+                        for j, s in enumerate(signal))
         everyone = sorted(place for ranks in common.gather(places) for place in ranks)
         wanted = {place for place, _ in [x for x in everyone if x[1]][:args.batch_prompts - kept]}
         mine += [g for j, g in enumerate(groups) if common.rank() + j * common.world_size() in wanted]
@@ -200,7 +207,8 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
 
 # --- one step's update -----------------------------------------------------------------------------------------------
 def token_losses(model, reference, rows: list[dict], old: Tensor | None, ref: Tensor | None, args) -> dict[str, Tensor]:
-    """The loss of every response token of the rows and what is logged beside it, (M,) each. Table in the docstring above."""
+    """The loss of every response token of the rows and what is logged beside it, (M,) each.
+    Table in the docstring above."""
     if args.algo == "opsd":
         loss, entropy = training.response_divergence(model, reference, rows, args.opsd_beta, args.opsd_clip)
         return {"loss": loss, "entropy": entropy}
@@ -215,7 +223,8 @@ def token_losses(model, reference, rows: list[dict], old: Tensor | None, ref: Te
 
 
 def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespace) -> dict[str, float]:
-    """--updates passes over the rows (with `advantage`), one optimizer step each. Returns means over response tokens."""
+    """--updates passes over the rows (with `advantage`), one optimizer step each.
+    Returns means over response tokens."""
     tokens = training.total(sum(len(r["response_ids"]) for r in rows))  # all ranks, before the first forward
     if tokens == 0:
         return {}
@@ -255,7 +264,8 @@ def evaluate(actor, tokenizer, vocab: int, problems: list[dict], step: int, out:
 
 
 def evaluated(out: Path, step: int) -> set[int]:
-    """Steps with a row in eval.jsonl. Samples of later steps than `step`, the checkpoint's, are of a policy that is gone."""
+    """Steps with a row in eval.jsonl.
+    Samples of later steps than `step`, the checkpoint's, are of a policy that is gone."""
     if common.rank() == 0:
         for folder in (out / "eval").glob("step-*"):
             if int(folder.name.removeprefix("step-")) > step:
@@ -268,7 +278,8 @@ def evaluated(out: Path, step: int) -> set[int]:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_args(parser)
-    parser.add_argument("--data", required=True, help="[ours] problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
+    parser.add_argument("--data", required=True,
+                        help="[ours] problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
     parser.add_argument("--out", required=True, help="[ours] output folder")
     parser.add_argument("--algo", default="grpo", choices=["grpo", "dapo", "opsd"],
                         help="[Tables 1, 2] dapo and opsd are baselines there")
@@ -284,19 +295,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revise", action="store_true", help="[Sec. 3.6] rescue zero-hit groups: the method")
     parser.add_argument("--inject", default="replace", choices=["replace", "append"],
                         help="[ours] the recovered trajectory replaces the rollout it came from, or joins the group")
-    parser.add_argument("--injected-ratio", default="current", choices=["current", "luffy"],
-                        help="[ours] importance ratio of injected tokens: that of any response, or LUFFY's policy shaping")
-    parser.add_argument("--luffy-gamma", type=float, default=0.1, help="[ours] gamma of f(x) = x / (x + gamma): LUFFY's")
+    parser.add_argument("--injected-ratio", default="current", choices=["current", "luffy"], help="[ours] importance "
+                        "ratio of injected tokens: that of any response, or LUFFY's policy shaping")
+    parser.add_argument("--luffy-gamma", type=float, default=0.1,
+                        help="[ours] gamma of f(x) = x / (x + gamma): LUFFY's")
     parser.add_argument("--opsd-beta", type=float, default=0.5, help="[ours] JSD_beta; v1 of OPSD has 0.5, v3 has 0")
     parser.add_argument("--opsd-clip", type=float, default=0.0,
                         help="[ours] largest term of a vocabulary entry; 0 is off, as in v1 of OPSD; v3 has 0.05")
-    parser.add_argument("--opsd-hint", default=HINT, help="[ours] what the teacher reads after the problem, with {answer}")
+    parser.add_argument("--opsd-hint", default=HINT,
+                        help="[ours] what the teacher reads after the problem, with {answer}")
     parser.add_argument("--eval-data", help="[ours] problems to evaluate on while training, JSONL; fields as in --data")
     parser.add_argument("--eval-every", type=int, default=10, help="[ours] steps between evaluations, step 0 included")
     parser.add_argument("--eval-n", type=int, default=8, help="[ours] samples per problem of an evaluation")
     parser.add_argument("--sample-every", type=int, default=10, help="[ours] steps between samples.jsonl's; 0 for none")
-    parser.add_argument("--sample-groups", type=int, default=2, help="[ours] groups in each, rescued ones first; 0 for all")
-    parser.add_argument("--warn-after", type=int, default=20, help="[ours] warn after so many steps without signal; 0: never")
+    parser.add_argument("--sample-groups", type=int, default=2,
+                        help="[ours] groups in each, rescued ones first; 0 for all")
+    parser.add_argument("--warn-after", type=int, default=20,
+                        help="[ours] warn after so many steps without signal; 0: never")
     training.add_training_args(parser)
     revise.add_revision_args(parser)
     rollout.add_sampling_args(parser)
@@ -324,8 +339,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--luffy-gamma {args.luffy_gamma} is out of range")
     for flag, plain in {"temperature": 1, "top_p": 1, "top_k": 0}.items():
         if getattr(args, flag) != plain:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes {plain} alone, since the ratio is "
-                            "that of the plain policies")
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes {plain} alone, "
+                            "since the ratio is that of the plain policies")
     if args.overlong_buffer and args.algo != "dapo":
         raise UserError("--overlong-buffer goes with --algo dapo alone")
     if args.overlong_buffer > args.max_new_tokens:
@@ -337,7 +352,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.algo == "opsd":
         for flag in ("kl_coef", "revise"):
             if getattr(args, flag):
-                raise UserError(f"--{flag.replace('_', '-')} does not go with --algo opsd, which has neither KL term nor advantage")
+                raise UserError(f"--{flag.replace('_', '-')} does not go with --algo opsd, "
+                                "which has neither KL term nor advantage")
         if "{answer}" not in args.opsd_hint:
             raise UserError(f"--opsd-hint {args.opsd_hint!r} has no {{answer}}")
 
@@ -348,7 +364,8 @@ FREE = (*training.FREE, *revise.FREE, "sample_every", "warn_after")
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     problems = rollout.read_problems(args.data, args)
-    test = rollout.read_problems(args.eval_data, argparse.Namespace(**vars(args) | {"limit": 0})) if args.eval_data else []
+    test = (rollout.read_problems(args.eval_data, argparse.Namespace(**vars(args) | {"limit": 0}))
+            if args.eval_data else [])
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data),
                            eval_data_digest=common.file_digest(args.eval_data) if args.eval_data else None)
@@ -386,14 +403,16 @@ def main(args: argparse.Namespace) -> None:
             break
 
         # === sample, verify, revise ===
-        groups, state["cursor"], counts = collect(actor, tokenizer, vocab, problems, step, state["cursor"], args, verify)
+        groups, state["cursor"], counts = collect(
+            actor, tokenizer, vocab, problems, step, state["cursor"], args, verify)
 
         # === advantages ===
         rows = []
         for group in groups:
             rewards = [r["reward"] + overlong_penalty(len(r["response_ids"]), args.max_new_tokens, args.overlong_buffer)
                        for r in group]
-            rows += [r | {"advantage": a, "teacher_ids": teacher_ids[r["id"]]} for r, a in zip(group, advantages(rewards))]
+            rows += [r | {"advantage": a, "teacher_ids": teacher_ids[r["id"]]}
+                     for r, a in zip(group, advantages(rewards))]
 
         # === update ===
         start = time.time()
@@ -408,7 +427,7 @@ def main(args: argparse.Namespace) -> None:
              "injected_tokens": injected / max(stats.get("tokens", 0), 1), "kept_groups": counts["kept"], **stats,
              "length_mean": counts["tokens"] / counts["sampled"], "length_max": counts["longest"],
              "truncated": counts["truncated"] / counts["sampled"], "lr": optimizer.param_groups[0]["lr"],
-             "tokens_per_second": round(counts["tokens"] / max(counts["seconds_sample"], 1e-9), 1),  # sampled, all ranks
+             "tokens_per_second": round(counts["tokens"] / max(counts["seconds_sample"], 1e-9), 1),  # drawn, all ranks
              "memory_gb": training.peak_memory(device), "seconds_sample": round(counts["seconds_sample"], 3),
              "seconds_revise": round(counts["seconds_revise"], 3), "seconds_update": round(time.time() - start, 3)})
         if common.rank() == 0:
@@ -416,8 +435,9 @@ def main(args: argparse.Namespace) -> None:
                 shown = args.sample_groups * (args.group_size + (args.inject == "append")) or len(rows)
                 rescued = {r["id"] for r in rows if r.get("injected")}  # shown first
                 common.append_jsonl(out / "samples.jsonl", [
-                    {"step": step, "id": r["id"], "prompt": tokenizer.decode(r["prompt_ids"]), "response": r["response"],
-                     "reward": r["reward"], "advantage": r["advantage"], "injected": r.get("injected", False)}
+                    {"step": step, "id": r["id"], "prompt": tokenizer.decode(r["prompt_ids"]),
+                     "response": r["response"], "reward": r["reward"], "advantage": r["advantage"],
+                     "injected": r.get("injected", False)}
                     for r in sorted(rows, key=lambda r: r["id"] not in rescued)[:shown]])
             bar.set_postfix_str(f"reward {counts['hits'] / counts['sampled']:.3f}, zero-hit {shares['zero_hit']:.2f}, "
                                 f"rescued {shares['rescued']:.2f}", refresh=False)
@@ -425,9 +445,10 @@ def main(args: argparse.Namespace) -> None:
                 bar.write(f"step {step}: only {counts['kept']} of {args.batch_prompts} groups had signal after "
                           f"{args.resample} further rounds")
             if silent == args.warn_after > 0 and args.algo != "opsd":
-                bar.write(f"warning: no group of the last {silent} steps had both right and wrong responses, so nothing is "
-                          "learned. Look at samples.jsonl: does the model answer in the format that --verifier wants, are "
-                          "responses cut off (truncated; --max-new-tokens), is --data too hard or too easy (--revise)?")
+                bar.write(f"warning: no group of the last {silent} steps had both right and wrong responses, "
+                          "so nothing is learned. Look at samples.jsonl: does the model answer in the format that "
+                          "--verifier wants, are responses cut off (truncated; --max-new-tokens), is --data too hard "
+                          "or too easy (--revise)?")
         if args.save_every and step % args.save_every == 0 and step < args.steps:
             checkpoints.save(out, step, model, tokenizer, optimizer, {"cursor": state["cursor"]})
     checkpoints.finish(out, model, tokenizer)

@@ -1,17 +1,18 @@
-"""Supervised fine-tuning on trajectories: SFT+LatentRevise on recovered ones, RFT on any others (paper Sec. 3.6, Table 1).
+"""Supervised fine-tuning on trajectories: SFT+LatentRevise on recovered ones, RFT on any others
+(paper Sec. 3.6, Table 1).
 
     python train_sft.py --model toy_model --data out/revised/recovered.jsonl --out out/sft --steps 60
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --data recovered.jsonl --out out/sft
     python train_sft.py --model toy_model --data rollouts.jsonl --mix recovered.jsonl --mix-ratio 0.5 --out out/mixed
 
-Reads   rows with `prompt_ids` and `response_ids` (rollouts.jsonl, recovered.jsonl; rows with `reward` 0 are left out), or
-        plain rows with `problem` and `response`, which go through the prompt template of rollout.py.
+Reads   rows with `prompt_ids` and `response_ids` (rollouts.jsonl, recovered.jsonl; rows with `reward` 0 are left out),
+        or plain rows with `problem` and `response`, which go through the prompt template of rollout.py.
 Writes  metrics.jsonl, checkpoints to resume from (the same command continues), and the trained model in OUT/model.
 
-Loss: cross-entropy on response tokens (end-of-sequence included, prompt masked out), averaged over the response tokens of
-the whole optimizer step: all micro-batches and all processes. Neither changes a gradient.
---mix: a second source with a fixed share of every step's rows (of rows, not of tokens), each source in an order of its own.
-Micro-batches, the optimizer step and checkpoints are in training.py, shared with train_grpo.py.
+Loss: cross-entropy on response tokens (end-of-sequence included, prompt masked out), averaged over the response tokens
+of the whole optimizer step: all micro-batches and all processes. Neither changes a gradient.
+--mix: a second source with a fixed share of every step's rows (of rows, not of tokens), each source in an order of its
+own. Micro-batches, the optimizer step and checkpoints are in training.py, shared with train_grpo.py.
 Differs from the paper: it gives no number of SFT steps or epochs; --steps is ours.
 """
 import argparse
@@ -59,8 +60,8 @@ def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> l
 def draw_step(rows: list, mixed: list, step: int, args: argparse.Namespace) -> list:
     """The --batch-size rows of a step, counted from 1: first those of --data, then those of --mix.
 
-    A function of (seed, step): after s steps round(s * batch size * ratio) rows of --mix have been drawn, so a share that
-    is no whole number of rows is exact over several steps. Each source has an epoch permutation of its own.
+    A function of (seed, step): after s steps round(s * batch size * ratio) rows of --mix have been drawn, so a share
+    that is no whole number of rows is exact over several steps. Each source has an epoch permutation of its own.
     """
     sources = []
     before, after = ((step - 1) * args.batch_size, step * args.batch_size)
@@ -78,10 +79,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, nargs="+", help="[ours] trajectories, JSONL; several files are joined")
     parser.add_argument("--out", required=True, help="[ours] output folder")
     parser.add_argument("--batch-size", type=int, default=512, help="[Table 7] trajectories per optimizer step")
-    parser.add_argument("--mix", nargs="+", default=[], help="[ours] trajectories to mix in: recovered ones among others")
-    parser.add_argument("--mix-ratio", type=float, default=0.5, help="[ours] share of each step's rows drawn from --mix")
+    parser.add_argument("--mix", nargs="+", default=[],
+                        help="[ours] trajectories to mix in: recovered ones among others")
+    parser.add_argument("--mix-ratio", type=float, default=0.5,
+                        help="[ours] share of each step's rows drawn from --mix")
     parser.add_argument("--seed", type=int, default=0, help="[ours] of the data order")
-    parser.add_argument("--instruction", default=rollout.INSTRUCTION, help="[ours] for rows with `problem`; '' for none")
+    parser.add_argument("--instruction", default=rollout.INSTRUCTION,
+                        help="[ours] for rows with `problem`; '' for none")
     parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
                         help="[ours] for rows with `problem`")
     training.add_training_args(parser)
@@ -93,7 +97,8 @@ def main(args: argparse.Namespace) -> None:
     if not 0 <= args.mix_ratio <= 1:
         raise UserError(f"--mix-ratio {args.mix_ratio} is out of range")
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, training.FREE, data_digest=[common.file_digest(p) for p in args.data + args.mix])
+    out = common.start_run(args.out, args, training.FREE,
+                           data_digest=[common.file_digest(p) for p in args.data + args.mix])
     if checkpoints.trained(out, args.steps):
         if common.rank() == 0:
             print(f"{out / 'model'} is trained already")

@@ -40,9 +40,9 @@ def is_sharded(args: argparse.Namespace, device: torch.device) -> bool:
     """--shard auto: on for several GPUs and for bfloat16. Raises UserError for --shard off in bfloat16.
 
     FSDP2 is also what computes in bfloat16 over float32 weights, on one process too: it rounds the weights, as the copy
-    that samples and the reference have them, so that the ratio to the sampling policy starts at exactly 1 and the KL at 0.
-    Autocast would keep float32 between the blocks, and be a third policy. Several CPU processes share one memory, in
-    which sharding saves little; a float32 model on one device is left as it is, and samples itself.
+    that samples and the reference have them, so that the ratio to the sampling policy starts at exactly 1 and the
+    KL at 0. Autocast would keep float32 between the blocks, and be a third policy. Several CPU processes share one
+    memory, in which sharding saves little; a float32 model on one device is left as it is, and samples itself.
     """
     if args.shard == "off" and args.dtype == "bfloat16":
         raise UserError("--shard off: --dtype bfloat16 is computed by sharding, on one process too; leave --shard out")
@@ -87,7 +87,8 @@ def whole(t: Tensor) -> Tensor:
 
 
 def load_actor(model, args: argparse.Namespace, device: torch.device):
-    """The model that samples and revises: whole, on every process, in --dtype. The trained one itself where it is so."""
+    """The model that samples and revises: whole, on every process, in --dtype.
+    The trained one itself where it is so."""
     return common.load_model(args, device)[0] if isinstance(model, FSDPModule) else model
 
 
@@ -121,7 +122,8 @@ def head_logprobs(head, hidden: Tensor, targets: Tensor, entropy: bool = True) -
 
 def head_divergence(head, hidden: Tensor, teacher_head, teacher_hidden: Tensor, beta: float,
                     clip: float) -> tuple[Tensor, Tensor]:
-    """JSD_beta(teacher || student) of the next-token distributions and the student's entropy, (M,) each, from hidden (M, D).
+    """JSD_beta(teacher || student) of the next-token distributions and the student's entropy,
+    (M,) each, from hidden (M, D).
 
     beta KL(P || M) + (1 - beta) KL(Q || M) with P the teacher, Q the student, M = beta P + (1 - beta) Q: GKD (arXiv
     2306.13649). As there, beta 0 and 1 stand for the limits KL(P || Q) and KL(Q || P), not for the 0 of the formula.
@@ -145,8 +147,9 @@ def head_divergence(head, hidden: Tensor, teacher_head, teacher_hidden: Tensor, 
 def response_hidden(model, rows: list[dict], prompt: str = "prompt_ids") -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states that predict each response token of the rows (M, D), those tokens (M,) and their rows (M,).
 
-    Tokens come row by row. Rows are right-padded: under a causal mask padding is invisible to what precedes it, so there
-    is no mask to get wrong, and the tokens to score are chosen by length, never by id (padding may equal EOS). No rows: M is 0.
+    Tokens come row by row. Rows are right-padded: under a causal mask padding is invisible to what precedes it, so
+    there is no mask to get wrong, and the tokens to score are chosen by length, never by id (padding may equal EOS).
+    No rows: M is 0.
     """
     device = model.device
     T = max((len(r[prompt]) + len(r["response_ids"]) for r in rows), default=1)
@@ -166,14 +169,16 @@ def response_hidden(model, rows: list[dict], prompt: str = "prompt_ids") -> tupl
 @gathered
 def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
                       entropy: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probabilities of every response token of the rows, (M,) with gradient; entropies (M,) if asked; owner row (M,).
+    """Log-probabilities of every response token of the rows, (M,) with gradient; entropies (M,) if asked;
+    owner row (M,).
 
-    The head runs on `head_rows` response positions at a time and is recomputed in the backward: B x T x V logits never exist.
+    The head runs on `head_rows` response positions at a time and is recomputed in the backward:
+    B x T x V logits never exist.
     """
     hidden, targets, owner = response_hidden(model, rows)
     head = model.get_output_embeddings()
-    parts = [checkpoint(head_logprobs, head, hidden[s:s + head_rows], targets[s:s + head_rows], entropy, use_reentrant=False)
-             for s in range(0, max(len(targets), 1), head_rows)]
+    parts = [checkpoint(head_logprobs, head, hidden[s:s + head_rows], targets[s:s + head_rows], entropy,
+                        use_reentrant=False) for s in range(0, max(len(targets), 1), head_rows)]
     logp, entropies = zip(*parts)
     return torch.cat(logp), torch.cat(entropies) if entropy else None, owner
 
@@ -189,8 +194,8 @@ def response_divergence(model, teacher, rows: list[dict], beta: float, clip: flo
         wanted = gathered(response_hidden)(teacher, rows, "teacher_ids")[0]  # (M, D)
     hidden = response_hidden(model, rows)[0]
     heads = model.get_output_embeddings(), teacher.get_output_embeddings()
-    parts = [checkpoint(head_divergence, heads[0], hidden[s:s + head_rows], heads[1], wanted[s:s + head_rows], beta, clip,
-                        use_reentrant=False) for s in range(0, max(len(hidden), 1), head_rows)]
+    parts = [checkpoint(head_divergence, heads[0], hidden[s:s + head_rows], heads[1], wanted[s:s + head_rows], beta,
+                        clip, use_reentrant=False) for s in range(0, max(len(hidden), 1), head_rows)]
     divergence, entropies = zip(*parts)
     return torch.cat(divergence), torch.cat(entropies)
 
@@ -219,7 +224,8 @@ def apply_gradients(model, optimizer, grad_clip: float) -> float:
             dist.all_reduce(p.grad)
     norm = whole(torch.nn.utils.clip_grad_norm_(params, grad_clip))
     if not norm.isfinite():  # on every process: from here on all weights would be nan
-        raise UserError("the gradient is not finite: nothing was changed by this step; a lower --lr, or float32, may help")
+        raise UserError("the gradient is not finite: nothing was changed by this step; "
+                        "a lower --lr, or float32, may help")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
@@ -238,7 +244,8 @@ def draw_rows(count: int, start: int, size: int, seed: int) -> list[int]:
 # --- what a run reports ----------------------------------------------------------------------------------------------
 def open_logs(out: Path, args: argparse.Namespace, step: int):
     """A function that takes one step's metrics to OUT/metrics.jsonl (or another file) and, where asked for, to
-    TensorBoard in OUT/tensorboard and to wandb. step: the last one done before; what TensorBoard has beyond it is hidden.
+    TensorBoard in OUT/tensorboard and to wandb.
+    step: the last one done before; what TensorBoard has beyond it is hidden.
     """
     if common.rank() > 0:
         return lambda metrics, name="metrics.jsonl": None
@@ -271,21 +278,21 @@ def peak_memory(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
-# --- flags -------------------------------------------------------------------------------------------------------------
+# --- flags -----------------------------------------------------------------------------------------------------------
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Flags that both trainers have."""
-    parser.add_argument("--steps", type=int, default=100, help="[ours] optimizer steps in all; a run that is not finished "
-                        "may be continued with another number")
+    parser.add_argument("--steps", type=int, default=100, help="[ours] optimizer steps in all; a run that is not "
+                        "finished may be continued with another number")
     parser.add_argument("--lr", type=float, default=1e-5, help="[Table 7] constant learning rate of AdamW")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="[ours] the paper names none; VERL's default")
     parser.add_argument("--grad-clip", type=float, default=1.0, help="[Table 7] largest gradient norm")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384,
                         help="[ours] padded tokens per forward and backward: the memory flag of the update")
-    parser.add_argument("--checkpoint-activations", action="store_true",
-                        help="[ours] recompute activations in every backward: less memory for long rows, a third slower")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="[ours] recompute activations in every "
+                        "backward: less memory for long rows, a third slower")
     parser.add_argument("--shard", default="auto", choices=["auto", "on", "off"],
-                        help="[ours] spread weights, gradients and moments over all processes (FSDP2); auto: for bfloat16 "
-                             "and for several GPUs")
+                        help="[ours] spread weights, gradients and moments over all processes (FSDP2); auto: for "
+                             "bfloat16 and for several GPUs")
     parser.add_argument("--save-every", type=int, default=50, help="[ours] steps between checkpoints; 0 for none")
     parser.add_argument("--tensorboard", action="store_true", help="[ours] metrics to OUT/tensorboard as well")
     parser.add_argument("--wandb", metavar="PROJECT", help="[ours] metrics to this project of Weights & Biases as well")
@@ -307,4 +314,5 @@ def check_training_args(args: argparse.Namespace) -> None:
 
 
 # These do not change a result in float32: the learning rate is constant, so neither do the steps still to come
-FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "shard", "save_every", "steps", "tensorboard", "wandb")
+FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "shard", "save_every", "steps",
+        "tensorboard", "wandb")

@@ -405,9 +405,9 @@ _UNIT_OF = {word: line.split()[0] for line in _UNITS.split("|") for word in line
 _UNIT_OF |= {word + "s": unit for word, unit in _UNIT_OF.items() if len(word) > 1}
 # Words after a number that change what it says, so that they are no unit: 5 or more, 5 million, 5 thirds.
 _NOT_A_UNIT = re.compile(
-    r"\b(?:or|and|not?|nor|but|if|when|where|unless|except|mod(?:ulo)?|base|more|less|fewer|most|least|about|between|from|to|"
-    r"than|hal(?:f|ves)|thirds?|quarters?|tenths|hundredths|hundred|thousand|million|billion|trillion|dozen|twice|plus|"
-    r"minus|squared|cubed|over|into|none|all|point|one|two|three|four|five|six|seven|eight|nine|ten)\b"
+    r"\b(?:or|and|not?|nor|but|if|when|where|unless|except|mod(?:ulo)?|base|more|less|fewer|most|least|about|between|"
+    r"from|to|than|hal(?:f|ves)|thirds?|quarters?|tenths|hundredths|hundred|thousand|million|billion|trillion|dozen|"
+    r"twice|plus|minus|squared|cubed|over|into|none|all|point|one|two|three|four|five|six|seven|eight|nine|ten)\b"
 )
 # Bare units are safe without \text; shorter ones (m, s, mg, in) could be products of variables.
 _BARE_UNITS = [word for word in _UNIT_OF if len(word) > 2 or word in ("cm", "km", "kg", "ft", "lb")]
