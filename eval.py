@@ -1,8 +1,7 @@
 """pass@k of one or several models on one or several problem sets, in one table (paper Sec. 4.1, Table 1).
 
     python eval.py --model toy_model out/sft/model --data test_hard.jsonl -n 32 --k 1 32 --out out/eval
-    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks math500,aime24,aime25,amc23 \
---out out/eval
+    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks math500,amc23 --out out/eval
 
 Reads   problems as rollout.py does (--data), and the paper's six test sets by name (--benchmarks, see benchmarks.py).
 Writes  OUT/MODEL/DATA/rollouts.jsonl (every sample behind the numbers), results.json and results.md.

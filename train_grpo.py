@@ -1,9 +1,7 @@
-"""GRPO on verifiable rewards, with zero-hit groups rescued by LatentRevise: `--revise`
-(paper Sec. 3.6, Tables 1 and 2).
+"""GRPO on verifiable rewards, with zero-hit groups rescued by LatentRevise: --revise (Sec. 3.6, Tables 1 and 2).
 
     python train_grpo.py --model toy_model --data hard.jsonl --out out/grpo --revise --steps 60
-    torchrun --nproc-per-node 8 train_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl --out out/grpo \
---revise
+    torchrun --nproc-per-node 8 train_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl --out out/a --revise
 
 Each step: sample a group of N responses per prompt, verify, revise a failed response of every group without a hit and
 put the recovered trajectory in its place, compute advantages, update. Without --revise this is the plain baseline, and
