@@ -203,7 +203,7 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"--out {out}: its run.json is damaged, "
                             "so that nothing tells what the folder holds") from None
-        for key in sorted(before.keys() | settings.keys()):
+        for key in sorted((before.keys() | settings.keys()) - {*free}):  # a flag may have become free since
             if before.get(key) != settings.get(key):
                 flag = "--" + key.replace("_", "-")
                 raise UserError(f"--out {out} holds a run with {flag} {before.get(key)!r}, and this one asks for "

@@ -55,13 +55,19 @@ def run_one(command: str, quiet: bool, processes: int, seconds: dict[str, float]
 
 def run(out: Path, *commands: str, processes: int = 1) -> dict[str, float]:
     """Run stage commands, two at a time, and return what each has taken in seconds (kept in OUT/seconds.json)."""
+    if not Path.cwd().samefile(ROOT):
+        raise common.UserError(f"the stages run in {ROOT}, and so must this: cd {ROOT}")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "seconds.json"
     seconds = json.loads(file.read_text()) if file.exists() else {}
     with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(run_one, c, len(commands) > 1, processes, seconds) for c in commands]:
-            job.result()
-            common.write_atomic(file, json.dumps(dict(seconds), indent=1) + "\n")
+        try:
+            for job in [pool.submit(run_one, c, len(commands) > 1, processes, seconds) for c in commands]:
+                job.result()
+                common.write_atomic(file, json.dumps(dict(seconds), indent=1) + "\n")
+        except BaseException:  # of what waits nothing is begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return seconds
 
 

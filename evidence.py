@@ -1,8 +1,10 @@
 """What the method does, measured with the controls that the paper lacks: makes the tables and figures of RESULTS.md.
 
-    python evidence.py                  everything, on both toy worlds; cached, so it continues where it was stopped
+    python evidence.py                  recovery and training in both worlds, fewer training arms in the second;
+                                        it continues where it was stopped
     python evidence.py --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
-    python evidence.py --tables         runs no stage, counts and draws what is there
+    python evidence.py --long           also trains three arms further
+    python evidence.py --tables         runs no stage, counts and draws what is complete
     python evidence.py --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
     python evidence.py --quick          a small run of the same code, not for reading
 
@@ -20,12 +22,15 @@ import plot
 import tables
 import toy
 import toy_words
+from common import UserError
 from demo import LENGTH, PROBLEMS
 
 WORLDS = {"toy": toy, "toy_words": toy_words}
 # hard: problems; test: held-out problems of a set; attempts: failed rollouts revised per prompt, for the training data
 FULL = {"hard": 180, "test": 60, "attempts": 3, "steps": 16, "long": 40, "batch": 16, "continuations": 8}
 QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "long": 3, "batch": 2, "continuations": 2}
+
+LR = "3e-4"  # of every training run: the toy models are small
 
 # name -> flags of revise.py. The first is the paper's method at its defaults; all others differ by their flags alone
 RECOVERY = {
@@ -103,7 +108,7 @@ def recover(world, base: Path, model: str, seed: int, size: dict) -> None:
     demo.run(base, command("fresh sampling, equal compute", equal, samples))
 
 
-def train(world, base: Path, model: str, seed: int, size: dict, long: bool, lr: str = "3e-4") -> None:
+def train(world, base: Path, model: str, seed: int, size: dict, long: bool) -> None:
     """Every training arm from a base model, into BASE/train/SET, and pass@k of all on held-out problems."""
     problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
     sound = [r for r in common.read_jsonl(base / "revise" / "latentrevise" / "recovered.jsonl")
@@ -115,7 +120,7 @@ def train(world, base: Path, model: str, seed: int, size: dict, long: bool, lr: 
                    f"{base}/rft-samples", processes=2)
 
     def commands(arms: list[str], data: Path, folder: str, steps: int = size["steps"]) -> dict[str, str]:
-        shared, found = f"--model {model} --steps {steps} --lr {lr} --micro-batch-tokens 8192 --seed {seed}", {}
+        shared, found = f"--model {model} --steps {steps} --lr {LR} --micro-batch-tokens 8192 --seed {seed}", {}
         grpo = f"train_grpo.py {shared} {PROBLEMS} --batch-prompts {size['batch']} --sample-every 1 --sample-groups 0"
         for arm in arms:
             flags, out = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
@@ -143,18 +148,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="[ours] one base model, 16 prompts: to see that it runs")
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[ours] base models of each world")
+    parser.add_argument("--seeds", nargs="+", type=int, help="[ours] base models of each world; 0 1 2, with --quick 0")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
     parser.add_argument("--long", action="store_true", help="[ours] also train for 40 steps in the first world")
-    parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is there")
+    parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is complete")
     parser.add_argument("--write", action="store_true", help="[ours] also into RESULTS.md and docs/")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    begun = time.time()
+    begun, results = time.time(), demo.ROOT / "RESULTS.md"
+    if args.quick and args.write:
+        raise UserError("--write: RESULTS.md is not for the figures of --quick")
+    head = tables.head_of(results) if args.write else ""
     root = Path(args.out or ("out/evidence-quick" if args.quick else "out/evidence"))
-    size, seeds = (QUICK, [0]) if args.quick else (FULL, args.seeds)
+    size, seeds = QUICK if args.quick else FULL, args.seeds or ([0] if args.quick else [0, 1, 2])
     bases = {}
     for name in args.worlds:
         world, out = WORLDS[name], root / name
@@ -162,16 +170,22 @@ def main(args: argparse.Namespace) -> None:
         if not args.tables:
             demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
                             if s and not (demo.ROOT / path / "run.json").exists()])
-        for stage in () if args.tables else (prepare, recover, functools.partial(train, long=args.long)):
-            for seed, model in models.items():
-                stage(world, out / f"base{seed}", model, seed, size)
-        bases[name] = {seed: (out / f"base{seed}", model) for seed, model in models.items()}
+            for stage in (prepare, recover, functools.partial(train, long=args.long)):
+                for seed, model in models.items():
+                    stage(world, out / f"base{seed}", model, seed, size)
+        found = {out / f"base{seed}": model for seed, model in models.items()}
+        bases[name] = {base: model for base, model in found.items() if (base / "eval/hard/results.json").exists()}
+        for base in found.keys() - bases[name].keys():
+            print(f"left out, not complete: {base}")
+    bases = {name: found for name, found in bases.items() if found}
+    if not bases:
+        raise UserError(f"--tables: nothing in {root} is complete")
     text = tables.everything(WORLDS, bases, RECOVERY, {"hard": list(HARD), "full": TABLE_2, "long": LONG})
     common.write_atomic(root / "tables.md", text)
-    for folder in [root, demo.ROOT / "docs"] if args.write else [root]:
-        plot.main(plot.get_args(["--evidence", str(root), "--out", str(folder)]))
+    plot.everything(WORLDS, bases, root)
     if args.write:
-        tables.write_results(demo.ROOT / "RESULTS.md", text)
+        common.write_atomic(results, f"{head}\n{text}")
+        plot.everything(WORLDS, bases, demo.ROOT / "docs")
     print(f"{text}\n[{time.time() - begun:.0f} s] {root}/tables.md")
 
 

@@ -1,11 +1,7 @@
-"""The figures of RESULTS.md, from the JSONL files of evidence.py, readable without colour.
+"""The figures of RESULTS.md, from the JSONL files of evidence.py, which calls it. Readable without colour.
 
-Needs matplotlib (requirements-dev.txt).
-
-    python plot.py --evidence out/evidence --out docs
+Needs matplotlib (requirements-dev.txt). Again from what is there: python evidence.py --tables
 """
-import argparse
-import importlib
 import importlib.util
 from pathlib import Path
 
@@ -73,10 +69,10 @@ def variants(plt, worlds: dict, out: Path) -> None:
     fig.savefig(out / "evidence-variants.png", dpi=120)
 
 
-def curves(plt, runs: dict[str, list[Path]], out: Path) -> None:
-    """Learning curves: reward of the policy's own samples and rescued groups, mean over base models."""
-    sets = {f"{name}.py, {folder} set": [base / "train" / folder for base in bases] for name, bases in runs.items()
-            for folder in tables.SETS if (bases[0] / "train" / folder).exists()}
+def curves(plt, bases: dict[str, list[Path]], out: Path) -> None:
+    """Learning curves: reward of the policy's own samples, and rescued groups. Mean over base models; grey: each."""
+    sets = {f"{name}.py, {folder} set": [base / "train" / folder for base in of] for name, of in bases.items()
+            for folder in tables.SETS if any((base / "train" / folder).exists() for base in of)}
     fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), layout="constrained", squeeze=False,
                              sharex="col")
     for column, (title, folders) in zip(axes.T, sets.items()):
@@ -84,37 +80,23 @@ def curves(plt, runs: dict[str, list[Path]], out: Path) -> None:
             files = [f / tables.slug(arm) / "metrics.jsonl" for f in folders]
             logs = [common.read_jsonl(f) for f in files if f.exists()]
             for axis, key in zip(column, ("reward", "rescued") if logs else ()):
-                rows = list(zip(*[[r[key] for r in log] for log in logs]))
-                axis.plot(range(1, len(rows) + 1), [sum(r) / len(r) for r in rows], color="k", linestyle=style,
-                          linewidth=1.2, label=arm)
+                lines = [[r[key] for r in log] for log in logs]
+                steps = range(1, len(lines[0]) + 1)
+                for line in lines if key == "reward" else ():
+                    axis.plot(steps, line, color="0.6", linestyle=style, linewidth=0.5)
+                axis.plot(steps, [sum(x) / len(x) for x in zip(*lines)], color="k", linestyle=style, linewidth=1.4,
+                          label=arm)
         column[0].set(title=title, ylabel="reward of the policy's samples")
         column[1].set(xlabel="training step", ylabel="share of groups rescued")
-    axes[0][0].legend(fontsize=7)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     fig.savefig(out / "evidence-training.png", dpi=120)
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evidence", default="out/evidence", help="[ours] output folder of evidence.py")
-    parser.add_argument("--out", required=True, help="[ours] folder for the figures")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
-    found = {name: sorted((Path(args.evidence) / name).glob("base*/")) for name in ("toy", "toy_words")}
-    found = {name: bases for name, bases in found.items() if bases}
-    if not found:
-        raise common.UserError(f"--evidence {args.evidence}: holds no run of evidence.py")
-    out = Path(args.out)
+def everything(worlds: dict, bases: dict, out: Path) -> None:
+    """worlds: {name: module}; bases: {name: base folders}, complete ones."""
     plt = load(out)
-    worlds = {}
-    for name, bases in found.items():
-        world = importlib.import_module(name)
-        worlds[name] = world, toy.build_tokenizer(world), [tables.Records(base) for base in bases]
-    steps(plt, worlds, out)
-    variants(plt, worlds, out)
-    curves(plt, found, out)
-
-
-if __name__ == "__main__":
-    common.run_script(get_args, main)
+    records = {name: (worlds[name], toy.build_tokenizer(worlds[name]), [tables.Records(base) for base in of])
+               for name, of in bases.items()}
+    steps(plt, records, out)
+    variants(plt, records, out)
+    curves(plt, {name: list(of) for name, of in bases.items()}, out)

@@ -1,8 +1,8 @@
 """The tables of RESULTS.md, counted from the files that the stage scripts wrote under evidence.py.
 
-Shares of prompts have a 95 % Wilson interval; shares of continuations and means of pass@k a 95 % bootstrap interval
-over prompts, since what belongs to one prompt is not independent. Both are over the prompts of all base models
-together; "by base model" shows how far these differ.
+Shares of prompts have a 95 % Wilson interval; shares of continuations a 95 % bootstrap interval over prompts, since
+what belongs to one prompt is not independent. Both are over the prompts of these base models; "by base model" shows how
+far the models differ. Means of pass@k have a 95 % bootstrap interval over base models and, of each, over problems.
 """
 import argparse
 import json
@@ -16,13 +16,17 @@ import demo
 import revise
 import rollout
 from demo import share
-from eval import BOOTSTRAP, bootstrap_interval, pass_at_k, wilson_interval
+from eval import BOOTSTRAP, pass_at_k, wilson_interval
 from verifier import verify
 
 ADAM = "no Frank-Wolfe (Adam, lr 0.01)"
 GROUPS = ("LatentRevise", ADAM, "gamma0 0.3")  # variants whose trajectories are looked at closely
 SETS = {"hard": "Trained on the zero-hit prompts", "full": "Trained on the full set",
         "long": "Trained on the zero-hit prompts for 40 steps (`--long`)"}
+# What made the data of an arm: folder below BASE, processes that worked on it
+DATA = {"RFT": ("rft-samples", 2), "SFT+LatentRevise": ("revise/latentrevise", 1),
+        "SFT+LatentRevise, sound only": ("revise/latentrevise", 1),
+        "SFT+LatentRevise, likely only": ("revise/likely-only", 1)}
 AGAIN = 16  # samples from the projected prefix
 
 
@@ -42,7 +46,7 @@ def table(head: list[str], rows: list[list]) -> str:
 def cost(record: dict) -> int:
     """Tokens that a revision and its continuations cost: a token of a forward pass counts 1, and so does one of a
     backward. The pass over what a continuation follows, prompt and prefix, is left out, as it is for fresh samples."""
-    branch = 6  # the worlds' template, 5 tokens, and a gold answer of two digits
+    branch = 6  # the worlds' template, 5 tokens, and a gold answer, 1
     trunk = len(record["prompt_ids"]) + record["failed_tokens"] + branch
     return trunk * (record["passes"] + len(record["gaps"])) + sum(len(c["ids"]) for c in record["continuations"])
 
@@ -93,7 +97,7 @@ def recovery_row(world, name: str, bases: list[list[dict]], score: str = "reward
 
     def prompts(sound: bool) -> list[str]:
         counts = [sum(bool(right(r, sound)) for r in records) for records in bases]
-        each = " ".join(f"{100 * c / len(records):.1f}" for c, records in zip(counts, bases))
+        each = " ".join(f"{100 * c / max(len(records), 1):.1f}" for c, records in zip(counts, bases))
         return [share(sum(counts), sum(map(len, bases))), each]
 
     records = [r for records in bases for r in records]
@@ -127,7 +131,7 @@ def on_the_way(world, tokenizer, r: dict, at: dict) -> tuple[bool, bool, float]:
 
 def by_step(world, tokenizer, bases: list[Records], name: str) -> list[dict]:
     """The paper's Figure 3, {step, n, recovered, sound (counts of prompts), length (tokens), losses}, of a variant that
-    was decoded on the way."""
+    was decoded on the way. Losses: mean over the prompts that have not stopped early."""
     records, rows = [r for b in bases for r in b.variant(name)], []
     for step in sorted(map(int, records[0]["curve"])):
         found = [on_the_way(world, tokenizer, r, r["curve"][str(step)]) for r in records]
@@ -242,25 +246,29 @@ def hull_table(found: list[dict]) -> str:
 
 
 def equal_loss(world, tokenizer, bases: list[Records]) -> str:
-    """Hull against unconstrained at equal loss: Adam is read at its first step with an L_total at or below that of
-    Frank-Wolfe after ten, on the prompts where it gets there; Frank-Wolfe's tenth step is that of K 20."""
+    """Hull against unconstrained at equal loss: Adam is read after the step whose L_total is nearest to that of
+    Frank-Wolfe after ten, on the prompts where it gets so low; Frank-Wolfe's tenth step is that of K 20."""
     total = lambda loss: loss[0] + loss[1] + 0.1 * loss[2]  # Eq. (5) at the paper's weights
-    hull, free, steps = [], [], []
+    hull, free, out_of_reach = [], [], 0
     for b in bases:
         adam = {r["id"]: r for r in b.variant(ADAM)}
         for r in (r for r in b.variant("K 20") if len(r["losses"]) > 10):  # the others stopped early
-            losses = map(total, adam[r["id"]]["losses"])
-            step = next((i for i, loss in enumerate(losses) if loss <= total(r["losses"][10])), None)
-            if step is not None:
-                hull.append(on_the_way(world, tokenizer, r, r["curve"]["10"]))
-                free.append(on_the_way(world, tokenizer, r, adam[r["id"]]["curve"][str(step)]))
-                steps.append(step)
-    count = lambda found, k: share(sum(x[k] for x in found), len(found))
-    rows = [[name, spent, count(found, 0), count(found, 1), f"{mean([x[2] for x in found]):.1f}"]
-            for name, spent, found in (("Frank-Wolfe", 10, hull), ("Adam", f"{mean(steps):.1f}", free))]
+            target, losses = total(r["losses"][10]), [*map(total, adam[r["id"]]["losses"])]
+            if min(losses) > target:
+                out_of_reach += 1
+                continue
+            step = min(range(len(losses)), key=lambda i, x=losses, y=target: abs(x[i] - y))
+            hull.append((*on_the_way(world, tokenizer, r, r["curve"]["10"]), 10, target))
+            free.append((*on_the_way(world, tokenizer, r, adam[r["id"]]["curve"][str(step)]), step, losses[step]))
+    rows = []
+    for name, found in (("Frank-Wolfe", hull), ("Adam", free)):
+        recovered, sound, length, steps, loss = zip(*found)
+        rows.append([name, f"{mean(steps):.1f}", f"{mean(loss):.2f}", share(sum(recovered), len(found)),
+                     share(sum(sound), len(found)), f"{mean(length):.1f}"])
     alone = [sum(x[k] and not y[k] for x, y in zip(*pair)) for k in (0, 1) for pair in ((hull, free), (free, hull))]
-    return (table(["at equal loss", "steps", "recovered", "soundly", "continuation (tokens)"], rows) +
-            "\nPrompts recovered by one alone: Frank-Wolfe {}, Adam {}; soundly: {} and {}.\n".format(*alone))
+    return (table(["at equal loss", "steps", "L_total", "recovered", "soundly", "continuation (tokens)"], rows) +
+            "\nPrompts recovered by one alone: Frank-Wolfe {}, Adam {}; soundly: {} and {}. Left out, since Adam never "
+            "gets so low: {}.\n".format(*alone, out_of_reach))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -272,24 +280,33 @@ def pass_values(folder: Path) -> dict[int, list[float]]:
     return {k: [pass_at_k(len(x), sum(x), k) for x in counts.values()] for k in (1, 32)}
 
 
-def spent(metrics: list[dict]) -> float:
-    """Seconds of a training run: its steps, evaluation and start-up left out."""
-    return sum(v for row in metrics for key, v in row.items() if key == "seconds" or key.startswith("seconds_"))
+def spent(base: Path, folder: str, arm: str) -> float:
+    """Seconds of one core: the steps of a training run, and the whole stage that made its data where one did. Starting
+    and evaluating are left out."""
+    metrics = common.read_jsonl(base / "train" / folder / slug(arm) / "metrics.jsonl")
+    steps = sum(v for row in metrics for key, v in row.items() if key == "seconds" or key.startswith("seconds_"))
+    stage, processes = DATA.get(arm, (None, 0))
+    if stage is None:
+        return steps
+    seconds = json.loads((base / "seconds.json").read_text())
+    return steps + processes * next(s for command, s in seconds.items() if command.endswith(f"{base.name}/{stage}"))
 
 
 def percent(values: list[list[float]]) -> str:
-    """Mean over the problems of all base models, with the bootstrap interval (Wilson's where all have 0 or all 1)."""
-    pooled = [v for of in values for v in of]
-    if len(set(pooled)) > 1:
-        low, high = bootstrap_interval(pooled)
+    """Mean over the problems of all base models, as many of each, with the interval of a bootstrap in two stages: base
+    models, then problems of each. Where all have 0 or all 1 it would have no width: there, Wilson's."""
+    x, rng = np.asarray(values), np.random.default_rng(0)  # (base models, problems)
+    if x.min() == x.max():
+        low, high = wilson_interval(round(x.sum()), x.size)
     else:
-        low, high = wilson_interval(round(sum(pooled)), len(pooled))
-    return f"{100 * mean(pooled):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        models = rng.integers(0, len(x), (BOOTSTRAP // 5, len(x), 1))
+        problems = rng.integers(0, x.shape[1], (BOOTSTRAP // 5, len(x), x.shape[1]))
+        low, high = np.percentile(x[models, problems].mean((1, 2)), [2.5, 97.5])
+    return f"{100 * x.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def training_table(bases: list[Path], arms: list[str], folder: str) -> str:
     """The paper's Tables 1, 2 and 4: pass@k on held-out problems, time and memory of every arm."""
-    logs = lambda base, arm: common.read_jsonl(base / "train" / folder / slug(arm) / "metrics.jsonl")
     rows = []
     for arm in ["base", *arms]:
         cells, times, memory, count = {}, [], [], 0
@@ -303,8 +320,9 @@ def training_table(bases: list[Path], arms: list[str], folder: str) -> str:
                 for k, values in pass_values(where / f"test_{data}").items():
                     cells.setdefault((data, k), []).append(values)
             if arm != "base":
-                times.append(spent(logs(base, arm)) / spent(logs(base, "GRPO N=8")))
-                memory.append(max(m["memory_gb"] for m in logs(base, arm)))
+                times.append(spent(base, folder, arm) / spent(base, folder, "GRPO N=8"))
+                metrics = common.read_jsonl(base / "train" / folder / slug(arm) / "metrics.jsonl")
+                memory.append(max(m["memory_gb"] for m in metrics))
         row = [arm, count or "nothing to train on"]
         for data in ("hard", "easy") if count else ():
             each = " ".join(f"{100 * mean(values):.1f}" for values in cells[data, 1])
@@ -316,8 +334,8 @@ def training_table(bases: list[Path], arms: list[str], folder: str) -> str:
 
 
 def signal_table(world, bases: list[Records], arms: list[str], folder: str) -> str:
-    """What the gradient of a GRPO run came from, in both halves of its steps: hits of the policy and injected
-    trajectories, each with the sound ones among them. From samples.jsonl."""
+    """What a GRPO run learned from, in both halves of its steps: right responses of the policy, in groups that have
+    wrong ones too, and injected trajectories, each with the sound ones among them. From samples.jsonl."""
     rows = []
     for arm in arms:
         files = [(b, b.base / "train" / folder / slug(arm) / "samples.jsonl") for b in bases]
@@ -326,21 +344,22 @@ def signal_table(world, bases: list[Records], arms: list[str], folder: str) -> s
         for first, end in ((1, last // 2), (last // 2 + 1, last)):
             row = [arm, f"{first}-{end}"]
             for injected in (False, True):
-                right = [s for s in found if first <= s["step"] <= end and s["reward"] and s["injected"] == injected]
+                right = [s for s in found if first <= s["step"] <= end and s["reward"] and s["advantage"]
+                         and s["injected"] == injected]
                 sound = sum(world.is_sound(s["problem"], s["response"]) for s in right)
                 row += [len(right), f"{100 * sound / len(right):.0f} %" if right else "-"]
             rows.append(row)
-    return table(["", "steps", "hits of the policy", "of them sound", "injected", "of them sound"], rows)
+    return table(["", "steps", "hits with an advantage", "of them sound", "injected", "of them sound"], rows)
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
 def everything(worlds: dict, bases: dict, groups: dict, arms: dict) -> str:
-    """bases: {world: {seed: (folder, model)}}; groups: names of variants; arms: {set: names}."""
+    """bases: {world: {folder: model}}; groups: names of variants; arms: {set: names}."""
     text = []
     for name, of in bases.items():
-        world, records = worlds[name], [Records(base) for base, _ in of.values()]
+        world, records = worlds[name], [Records(base) for base in of]
         close, found = {g: [] for g in GROUPS}, []
-        for b, (_, path) in zip(records, of.values()):
+        for b, path in zip(records, of.values()):
             args = argparse.Namespace(model=path, dtype="float32")
             model, tokenizer, _ = common.load_model(args, torch.device("cpu"))
             for g in GROUPS:
@@ -360,9 +379,9 @@ def everything(worlds: dict, bases: dict, groups: dict, arms: dict) -> str:
     return "\n".join(text)
 
 
-def write_results(file: Path, text: str) -> None:
-    """Replace what stands below the line `## Tables` of RESULTS.md. Raises UserError if there is none."""
+def head_of(file: Path) -> str:
+    """RESULTS.md up to its line `## Tables`, below which the tables go. Raises UserError if there is none."""
     head, found, _ = file.read_text().partition("\n## Tables\n")
     if not found:
         raise common.UserError(f"{file}: has no line `## Tables`, below which the tables go")
-    common.write_atomic(file, f"{head}{found}\n{text}")
+    return head + found

@@ -330,7 +330,7 @@ def check_args(args: argparse.Namespace) -> None:
     training.check_training_args(args)
     for flag, low in {"group_size": 1 if args.algo == "opsd" else 2, "batch_prompts": 1, "updates": 1, "resample": 0,
                       "overlong_buffer": 0, "kl_coef": 0, "clip_low": 0, "clip_high": 0, "opsd_beta": 0, "opsd_clip": 0,
-                      "eval_every": 1, "eval_n": 1, "sample_every": 0, "warn_after": 0}.items():
+                      "eval_every": 1, "eval_n": 1, "sample_every": 0, "sample_groups": 0, "warn_after": 0}.items():
         if not getattr(args, flag) >= low:  # true of nan as well
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
     if not args.luffy_gamma > 0:
@@ -356,7 +356,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--opsd-hint {args.opsd_hint!r} has no {{answer}}")
 
 
-FREE = (*training.FREE, *revise.FREE, "sample_every", "warn_after")
+FREE = (*training.FREE, *revise.FREE, "sample_every", "sample_groups", "warn_after")
 
 
 def main(args: argparse.Namespace) -> None:

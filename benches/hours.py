@@ -12,6 +12,8 @@ from benches.memory import QWEN, parameters, sizes
 FLOPS, BYTES = 0.5 * 790e12, 0.6 * 4.8e12  # a second
 PROMPT, RESPONSE, HOST = 150, 1000, 1e-3
 ROWS = {"Qwen2.5-1.5B": 512, "Qwen3-8B": 256}  # sequences decoded together, as in the recipes
+GPUS = {"Qwen2.5-1.5B": 4, "Qwen3-8B": 8}
+REVISED = 16384 // (PROMPT + RESPONSE)  # rollouts revised together, at the default --batch-tokens
 TRAIN, STEPS, BATCH = 14_116, 100, 512  # DAPO's problems; steps of a recipe and prompts a step
 ZERO_HIT = {"Qwen2.5-1.5B": 6_580 / 14_116, "Qwen3-8B": 3_642 / 14_116}  # at N = 32, from the paper
 TESTS = 500 + 30 + 30 + 40
@@ -32,9 +34,10 @@ def hours(name: str, host: bool) -> dict[str, float]:
     P = root + sizes(c)[-1] * block
     text = PROMPT + RESPONSE
     update = lambda n, reference=2: BATCH * n * text * (6 + recomputed + reference) * P / FLOPS  # a step
-    sample = lambda n: decode(c, BATCH * n * RESPONSE, ROWS[name], host)
+    # a process has its share of a step, and no more to decode together
+    sample = lambda n: decode(c, BATCH * n * RESPONSE, min(ROWS[name], BATCH * n // GPUS[name]), host)
     # a failed rollout: ten forward and backward passes, no gradients of weights; eight continuations of the last fifth
-    revise = 10 * (4 + recomputed) * P * text / FLOPS + decode(c, 8 * 0.2 * RESPONSE, ROWS[name], host)
+    revise = 10 * (4 + recomputed) * P * text / FLOPS + decode(c, 8 * 0.2 * RESPONSE, 8 * REVISED, host)
     zero = ZERO_HIT[name]
     runs = {"rollout, N = 32": decode(c, TRAIN * 32 * RESPONSE, ROWS[name], host),
             "revise, one attempt a prompt": zero * TRAIN * revise,

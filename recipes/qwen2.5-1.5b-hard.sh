@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 1, Qwen2.5-1.5B-Instruct trained on dapo-hard. 1 GPU, or GPUS=4 as in the paper (4x B200 there). Status: not run (README.md).
 #   DATA=dapo.jsonl GPUS=4 bash recipes/qwen2.5-1.5b-hard.sh
-# Expected (the paper's avg @1/@32): base 16.05/46.67, GRPO 14.65/44.84, OPSD 7.07/40.42, SFT+Ours 17.62/50.50, GRPO+Ours 18.13/53.51;
+# Expected (the paper's avg @1/@32): base 16.05/46.67, GRPO 14.65/44.84, N=16 17.71/50.69, OPSD 7.07/40.42, SFT+Ours 17.62/50.50, GRPO+Ours 18.13/53.51;
 # zero-hit prompts: 6,580 of 14,116 (46.6 %).
 set -euo pipefail
 DATA=${DATA:?problems as JSONL with id, problem, answer}
@@ -12,7 +12,7 @@ MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 RUN="torchrun --standalone --nproc-per-node $GPUS"
 
 $RUN rollout.py --model $MODEL --data $DATA -n 32 --batch-size 512 --max-batch-tokens 1000000 --out $OUT/rollouts
-$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --out $OUT/revised
+$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --batch-size 128 --out $OUT/revised
 $RUN train_sft.py --model $MODEL --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 512 --max-batch-tokens 1000000 --out $OUT/grpo
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 512 --max-batch-tokens 1000000 --group-size 16 --out $OUT/grpo16
