@@ -45,7 +45,8 @@ def table(head: list[str], rows: list[list]) -> str:
 
 def cost(record: dict) -> int:
     """Tokens that a revision and its continuations cost: a token of a forward pass counts 1, and so does one of a
-    backward. The pass over what a continuation follows, prompt and prefix, is left out, as it is for fresh samples."""
+    backward. The pass over what a continuation follows, prompt and prefix, is left out, as it is for fresh samples; so
+    is the scoring of --min-logprob."""
     branch = 6  # the worlds' template, 5 tokens, and a gold answer, 1
     trunk = len(record["prompt_ids"]) + record["failed_tokens"] + branch
     return trunk * (record["passes"] + len(record["gaps"])) + sum(len(c["ids"]) for c in record["continuations"])
