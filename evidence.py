@@ -3,7 +3,7 @@
     python evidence.py                  recovery and training in both worlds, fewer training arms in the second;
                                         it continues where it was stopped
     python evidence.py --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
-    python evidence.py --long           also trains three arms further
+    python evidence.py --long           also trains three arms further, and two with LUFFY's ratio, in the first world
     python evidence.py --tables         runs no stage, counts and draws what is complete
     python evidence.py --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
     python evidence.py --quick          a small run of the same code, not for reading
@@ -74,10 +74,14 @@ HARD = {
     "SFT+LatentRevise, sound only": "recovered-sound.jsonl",
     "SFT+LatentRevise, likely only": "revise/likely-only/recovered.jsonl",
     "GRPO+LatentRevise": "--revise --template '{template}' --batch-tokens 4096",
-    "GRPO+LatentRevise, likely only": "--revise --template '{template}' --batch-tokens 4096 " + LIKELY}
+    "GRPO+LatentRevise, likely only": "--revise --template '{template}' --batch-tokens 4096 " + LIKELY,
+    "GRPO+LatentRevise, LUFFY": "--revise --template '{template}' --batch-tokens 4096 --injected-ratio luffy",
+    "GRPO+LatentRevise, likely only, LUFFY": "--revise --template '{template}' --batch-tokens 4096 "
+                                             "--injected-ratio luffy " + LIKELY}
 TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
+SHAPED = ("GRPO+LatentRevise, LUFFY", "GRPO+LatentRevise, likely only, LUFFY")  # --long alone
 LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --long: more steps
-SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD")]  # of the second world, for want of time
+SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD", *SHAPED)]  # of the second world
 
 
 def prepare(world, base: Path, model: str, seed: int, size: dict) -> None:
@@ -130,7 +134,8 @@ def train(world, base: Path, model: str, seed: int, size: dict, long: bool) -> N
                 found[arm] = f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {out}"
         return found
 
-    runs = {"hard": commands(list(HARD) if world is toy else SECOND, zero, "hard")}
+    hard = [arm for arm in HARD if long or arm not in SHAPED] if world is toy else SECOND
+    runs = {"hard": commands(hard, zero, "hard")}
     if world is toy:
         runs["full"] = commands(TABLE_2, base / "data" / "train.jsonl", "full")
     if world is toy and long:
@@ -150,7 +155,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
     parser.add_argument("--seeds", nargs="+", type=int, help="[ours] base models of each world; 0 1 2, with --quick 0")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
-    parser.add_argument("--long", action="store_true", help="[ours] also train for 40 steps in the first world")
+    parser.add_argument("--long", action="store_true", help="[ours] also the longer and the LUFFY arms, first world")
     parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is complete")
     parser.add_argument("--write", action="store_true", help="[ours] also into RESULTS.md and docs/")
     return parser.parse_args(argv)
