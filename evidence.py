@@ -3,7 +3,7 @@
     python evidence.py                  recovery and training in both worlds, fewer training arms in the second;
                                         it continues where it was stopped
     python evidence.py --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
-    python evidence.py --long           also trains three arms further, and two with LUFFY's ratio, in the first world
+    python evidence.py --all            also other steps and losses, and in the first world longer and shaped training
     python evidence.py --tables         runs no stage, counts and draws what is complete
     python evidence.py --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
     python evidence.py --quick          a small run of the same code, not for reading
@@ -51,16 +51,17 @@ RECOVERY = {
         "K 5": "--revision-steps 5",
         "K 20": "--revision-steps 20 --record-every 2"},
     "Choices of ours": {
+        "gamma0 0.3": "--gamma0 0.3",
+        "likely only": "--min-logprob -0.5 --attempts {attempts}"},
+    "Other choices (--all)": {
         "losses as means": "--reduction mean",
         "no special tokens as vertices": "--vertex-rows text",
-        "gamma0 0.3": "--gamma0 0.3",
         "pairwise": "--direction pairwise",
         "away": "--direction away",
         "short step": "--step-rule short",
         "backtracking, K 5": "--step-rule backtracking --revision-steps 5",
         "pairwise, backtracking, K 5": "--direction pairwise --step-rule backtracking --revision-steps 5",
-        "cut by surprise": "--rho-rule surprise",
-        "likely only": "--min-logprob -0.5 --attempts {attempts}"}}
+        "cut by surprise": "--rho-rule surprise"}}
 
 # arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's
 LIKELY = "--min-logprob -0.5"
@@ -79,8 +80,8 @@ HARD = {
     "GRPO+LatentRevise, likely only, LUFFY": "--revise --template '{template}' --batch-tokens 4096 "
                                              "--injected-ratio luffy " + LIKELY}
 TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
-SHAPED = ("GRPO+LatentRevise, LUFFY", "GRPO+LatentRevise, likely only, LUFFY")  # --long alone
-LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --long: more steps
+SHAPED = ("GRPO+LatentRevise, LUFFY", "GRPO+LatentRevise, likely only, LUFFY")  # --all
+LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --all: more steps
 SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD", *SHAPED)]  # of the second world
 
 
@@ -91,11 +92,12 @@ def prepare(world, base: Path, model: str, seed: int, size: dict) -> None:
                    f"--seed {seed} {PROBLEMS} --out {base}/rollouts", processes=2)
 
 
-def recover(world, base: Path, model: str, seed: int, size: dict) -> None:
-    """Every variant of RECOVERY on the zero-hit prompts of a base model, into BASE/revise."""
+def recover(world, base: Path, model: str, seed: int, size: dict, everything: bool) -> None:
+    """The variants of RECOVERY on the zero-hit prompts of a base model, into BASE/revise."""
     stage = (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --batch-tokens 4096 --seed {seed} "
              f"--template '{world.TEMPLATE}'")
-    variants = {name: flags for group in RECOVERY.values() for name, flags in group.items()}
+    groups = [of for group, of in RECOVERY.items() if everything or "--all" not in group]
+    variants = {name: flags for of in groups for name, flags in of.items()}
     equal = variants.pop("fresh sampling, equal compute")
 
     def command(name: str, flags: str, continuations: int) -> str:
@@ -112,7 +114,7 @@ def recover(world, base: Path, model: str, seed: int, size: dict) -> None:
     demo.run(base, command("fresh sampling, equal compute", equal, samples))
 
 
-def train(world, base: Path, model: str, seed: int, size: dict, long: bool) -> None:
+def train(world, base: Path, model: str, seed: int, size: dict, everything: bool) -> None:
     """Every training arm from a base model, into BASE/train/SET, and pass@k of all on held-out problems."""
     problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
     sound = [r for r in common.read_jsonl(base / "revise" / "latentrevise" / "recovered.jsonl")
@@ -134,11 +136,11 @@ def train(world, base: Path, model: str, seed: int, size: dict, long: bool) -> N
                 found[arm] = f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {out}"
         return found
 
-    hard = [arm for arm in HARD if long or arm not in SHAPED] if world is toy else SECOND
+    hard = [arm for arm in HARD if everything or arm not in SHAPED] if world is toy else SECOND
     runs = {"hard": commands(hard, zero, "hard")}
     if world is toy:
         runs["full"] = commands(TABLE_2, base / "data" / "train.jsonl", "full")
-    if world is toy and long:
+    if world is toy and everything:
         runs["long"] = commands(LONG, zero, "long", size["long"])
     demo.run(base, *[command for arms in runs.values() for command in arms.values()])
     for folder, arms in runs.items():
@@ -155,7 +157,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
     parser.add_argument("--seeds", nargs="+", type=int, help="[ours] base models of each world; 0 1 2, with --quick 0")
     parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
-    parser.add_argument("--long", action="store_true", help="[ours] also the longer and the LUFFY arms, first world")
+    parser.add_argument("--all", action="store_true", help="[ours] more variants and training arms: 30 minutes more")
     parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is complete")
     parser.add_argument("--write", action="store_true", help="[ours] also into RESULTS.md and docs/")
     return parser.parse_args(argv)
@@ -175,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.tables:
             demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
                             if s and not (demo.ROOT / path / "run.json").exists()])
-            for stage in (prepare, recover, functools.partial(train, long=args.long)):
+            for stage in (prepare, *(functools.partial(f, everything=args.all) for f in (recover, train))):
                 for seed, model in models.items():
                     stage(world, out / f"base{seed}", model, seed, size)
         found = {out / f"base{seed}": model for seed, model in models.items()}

@@ -52,7 +52,8 @@ def variants(plt, worlds: dict, out: Path) -> None:
     fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 4.6), layout="constrained", squeeze=False,
                              sharey=True)
     for axis, (name, (world, _, records)) in zip(axes[0], worlds.items()):
-        for y, variant in enumerate(reversed(VARIANTS)):
+        names = [v for v in VARIANTS if all((b.base / "revise" / tables.slug(v)).exists() for b in records)]
+        for y, variant in enumerate(reversed(names)):
             found = [r for b in records for r in b.variant(variant)]
             right = [[c["response"] for c in r["continuations"] if c["reward"]] for r in found]
             sound = sum(any(world.is_sound(r["problem"], t) for t in ts) for r, ts in zip(found, right))
@@ -63,7 +64,7 @@ def variants(plt, worlds: dict, out: Path) -> None:
                 axis.plot(100 * k / len(found), y + shift, style, markersize=4, markerfacecolor=fill,
                           label=None if y else label)
         axis.set(xlabel="percent of zero-hit prompts, 95 % interval", title=f"{name}.py", xlim=(0, None))
-        axis.set_yticks(range(len(VARIANTS)), reversed(VARIANTS), fontsize=8)
+        axis.set_yticks(range(len(names)), reversed(names), fontsize=8)
         axis.grid(axis="y", linewidth=0.3)
     fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     fig.savefig(out / "evidence-variants.png", dpi=120)

@@ -22,7 +22,7 @@ from verifier import verify
 ADAM = "no Frank-Wolfe (Adam, lr 0.01)"
 GROUPS = ("LatentRevise", ADAM, "gamma0 0.3")  # variants whose trajectories are looked at closely
 SETS = {"hard": "Trained on the zero-hit prompts", "full": "Trained on the full set",
-        "long": "Trained on the zero-hit prompts for 40 steps (`--long`)"}
+        "long": "Trained on the zero-hit prompts for 40 steps (--all)"}
 # What made the data of an arm: folder below BASE, processes that worked on it
 DATA = {"RFT": ("rft-samples", 2), "SFT+LatentRevise": ("revise/latentrevise", 1),
         "SFT+LatentRevise, sound only": ("revise/latentrevise", 1),
@@ -114,6 +114,9 @@ def recovery(world, bases: list[Records], groups: dict[str, dict[str, str]]) -> 
     """The paper's Table 3 before training, with the controls that it lacks."""
     text = []
     for group, names in groups.items():
+        names = [n for n in names if all((b.base / "revise" / slug(n) / "revised.jsonl").exists() for b in bases)]
+        if not names:
+            continue
         rows = [recovery_row(world, name, [b.variant(name) for b in bases]) for name in names]
         if "permuted gold" in names:
             wrong = [demo.not_reached(b.variant("permuted gold"), b.rollouts) for b in bases]

@@ -1,6 +1,5 @@
 """evidence.py, tables.py and plot.py, on a small folder written by hand, so that every number is known."""
 import argparse
-import functools
 import importlib
 import json
 import shlex
@@ -200,9 +199,15 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     commands = []
     monkeypatch.setattr(demo, "run", lambda out, *found, processes=1: commands.extend(found))
     write(base / "rft-samples" / "rollouts.jsonl", [{"id": "hard-0", "reward": 1}])
-    for stage in (evidence.prepare, evidence.recover, functools.partial(evidence.train, long=True)):
-        stage(toy, base, "toy_model", 0, evidence.FULL)
-    assert len(commands) > 40
+    evidence.prepare(toy, base, "toy_model", 0, evidence.FULL)
+    for stage in (evidence.recover, evidence.train):
+        few = len(commands)
+        stage(toy, base, "toy_model", 0, evidence.FULL, everything=False)
+        few, before = len(commands) - few, len(commands)
+        stage(toy, base, "toy_model", 0, evidence.FULL, everything=True)
+        assert len(commands) - before > few and set(commands[before - few:before]) - set(commands[before:]) <= {
+            c for c in commands if "/eval" in c}  # a model more to evaluate
+    assert len(commands) > 60
     parsed = []
     for command in commands:
         script, *argv = shlex.split(command)
