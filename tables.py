@@ -339,29 +339,21 @@ def training_table(bases: list[Path], arms: list[str], folder: str) -> str:
 
 def signal_table(world, bases: list[Records], arms: list[str], folder: str) -> str:
     """What a GRPO run learned from, in both halves of its steps: right responses of the policy, in groups that have
-    wrong ones too, and injected trajectories, each with the sound ones among them (samples.jsonl); and the norm of the
-    gradient before clipping, median over steps without and with an injected trajectory (metrics.jsonl)."""
+    wrong ones too, and injected trajectories, each with the sound ones among them. From samples.jsonl."""
     rows = []
     for arm in arms:
-        runs = [(b, b.base / "train" / folder / slug(arm)) for b in bases]
-        runs = [(b, run) for b, run in runs if run.exists()]
-        found = [s | {"problem": b.problems[s["id"]]} for b, run in runs
-                 for s in common.read_jsonl(run / "samples.jsonl")]
-        steps = [m for _, run in runs for m in common.read_jsonl(run / "metrics.jsonl")]
-        last = max((m["step"] for m in steps), default=0)
+        files = [(b, b.base / "train" / folder / slug(arm) / "samples.jsonl") for b in bases]
+        found = [s | {"problem": b.problems[s["id"]]} for b, f in files if f.exists() for s in common.read_jsonl(f)]
+        last = max((s["step"] for s in found), default=0)
         for first, end in ((1, last // 2), (last // 2 + 1, last)):
             row = [arm, f"{first}-{end}"]
             for injected in (False, True):
                 right = [s for s in found if first <= s["step"] <= end and s["reward"] and s["advantage"]
                          and s["injected"] == injected]
                 sound = sum(world.is_sound(s["problem"], s["response"]) for s in right)
-                norms = [m["grad_norm"] for m in steps if first <= m["step"] <= end and m["signal"]
-                         and (m["rescued"] > 0) == injected]
-                row += [len(right), f"{100 * sound / len(right):.0f} %" if right else "-",
-                        f"{np.median(norms):.3f}" if norms else "-"]
+                row += [len(right), f"{100 * sound / len(right):.0f} %" if right else "-"]
             rows.append(row)
-    return table(["", "steps", "hits with an advantage", "of them sound", "gradient norm without", "injected",
-                  "of them sound", "gradient norm with"], rows)
+    return table(["", "steps", "hits with an advantage", "of them sound", "injected", "of them sound"], rows)
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
