@@ -12,7 +12,6 @@ Base models: of seed 0 those that ship with the repository; others are trained f
 base model's seed. The stage scripts make all numbers; tables.py counts, plot.py draws, and this file says what is run.
 """
 import argparse
-import functools
 import time
 from pathlib import Path
 
@@ -85,70 +84,79 @@ LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --
 SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD", *SHAPED)]  # of the second world
 
 
-def prepare(world, base: Path, model: str, seed: int, size: dict) -> None:
-    """The problems of a base model, and its rollouts on the hard ones."""
-    demo.run(base, f"{world.__name__}.py data --out {base}/data --seed {seed}")
-    demo.run(base, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {size['hard']} -n 32 "
-                   f"--seed {seed} {PROBLEMS} --out {base}/rollouts", processes=2)
+# bases below: {base folder: (seed, model)} of one world. The commands of all wait in one queue for two cores
 
 
-def recover(world, base: Path, model: str, seed: int, size: dict, everything: bool) -> None:
-    """The variants of RECOVERY on the zero-hit prompts of a base model, into BASE/revise."""
-    stage = (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --batch-tokens 4096 --seed {seed} "
-             f"--template '{world.TEMPLATE}'")
+def prepare(world, out: Path, bases: dict, size: dict) -> None:
+    """The problems of every base model, and its rollouts on the hard ones."""
+    demo.run(out, *[f"{world.__name__}.py data --out {base}/data --seed {seed}" for base, (seed, _) in bases.items()])
+    for base, (seed, model) in bases.items():
+        demo.run(out, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {size['hard']} -n 32 "
+                      f"--seed {seed} {PROBLEMS} --out {base}/rollouts", processes=2)
+
+
+def recover(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
+    """The variants of RECOVERY on the zero-hit prompts of every base model, into BASE/revise."""
     groups = [of for group, of in RECOVERY.items() if everything or "--all" not in group]
     variants = {name: flags for of in groups for name, flags in of.items()}
     equal = variants.pop("fresh sampling, equal compute")
 
-    def command(name: str, flags: str, continuations: int) -> str:
-        attempts = "" if "--attempts" in flags else " --attempts 1"
-        return (f"{stage} --continuations {continuations}{attempts} {flags.format(**size)} "
+    def command(base: Path, name: str, flags: str, continuations: int) -> str:
+        (seed, model), attempts = bases[base], "" if "--attempts" in flags else " --attempts 1"
+        return (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --batch-tokens 4096 --seed {seed} "
+                f"--template '{world.TEMPLATE}' --continuations {continuations}{attempts} {flags.format(**size)} "
                 f"--out {base}/revise/{tables.slug(name)}")
 
-    demo.run(base, *[command(name, flags, size["continuations"]) for name, flags in variants.items()])
-    records = tables.Records(base)
-    ours, fresh = (records.variant(name) for name in ("LatentRevise", "fresh sampling"))
-    each = sum(len(c["ids"]) for r in fresh for c in r["continuations"]) / (size["continuations"] * len(fresh))
-    # denominators: failed rollouts; tokens of a fresh sample
-    samples = round(sum(map(tables.cost, ours)) / len(ours) / each)
-    demo.run(base, command("fresh sampling, equal compute", equal, samples))
+    def samples(base: Path) -> int:
+        """Fresh samples that the tokens of the method pay for."""
+        records = tables.Records(base)
+        ours, fresh = (records.variant(name) for name in ("LatentRevise", "fresh sampling"))
+        each = sum(len(c["ids"]) for r in fresh for c in r["continuations"]) / (size["continuations"] * len(fresh))
+        # denominators: failed rollouts; tokens of a fresh sample
+        return round(sum(map(tables.cost, ours)) / len(ours) / each)
+
+    demo.run(out, *[command(base, name, flags, size["continuations"])
+                    for base in bases for name, flags in variants.items()])
+    demo.run(out, *[command(base, "fresh sampling, equal compute", equal, samples(base)) for base in bases])
 
 
-def train(world, base: Path, model: str, seed: int, size: dict, everything: bool) -> None:
-    """Every training arm from a base model, into BASE/train/SET, and pass@k of all on held-out problems."""
-    problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
-    sound = [r for r in common.read_jsonl(base / "revise" / "latentrevise" / "recovered.jsonl")
-             if world.is_sound(problems[r["id"]], r["response"])]
-    common.write_atomic(base / "recovered-sound.jsonl", "".join(map(common.to_line, sound)))
+def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
+    """Every training arm from every base model, into BASE/train/SET, and pass@k of all on held-out problems."""
     fresh = size["continuations"] * size["attempts"]  # as many for rejection sampling as for revision
-    zero = base / "rollouts" / "zero_hit.jsonl"
-    demo.run(base, f"rollout.py --model {model} --data {zero} -n {fresh} --seed {seed + 1000} {PROBLEMS} --out "
-                   f"{base}/rft-samples", processes=2)
+    for base, (seed, model) in bases.items():
+        problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "data" / "hard.jsonl")}
+        sound = [r for r in common.read_jsonl(base / "revise" / "latentrevise" / "recovered.jsonl")
+                 if world.is_sound(problems[r["id"]], r["response"])]
+        common.write_atomic(base / "recovered-sound.jsonl", "".join(map(common.to_line, sound)))
+        demo.run(out, f"rollout.py --model {model} --data {base}/rollouts/zero_hit.jsonl -n {fresh} "
+                      f"--seed {seed + 1000} {PROBLEMS} --out {base}/rft-samples", processes=2)
 
-    def commands(arms: list[str], data: Path, folder: str, steps: int = size["steps"]) -> dict[str, str]:
-        shared, found = f"--model {model} --steps {steps} --lr {LR} --micro-batch-tokens 8192 --seed {seed}", {}
-        grpo = f"train_grpo.py {shared} {PROBLEMS} --batch-prompts {size['batch']} --sample-every 1 --sample-groups 0"
-        for arm in arms:
-            flags, out = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
-            if not flags.endswith(".jsonl"):
-                found[arm] = f"{grpo} --data {data} {flags} {out}"
-            elif any(r["reward"] for r in common.read_jsonl(base / flags)):  # otherwise there is nothing to learn from
-                found[arm] = f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {out}"
-        return found
+    def command(base: Path, arm: str, folder: str, steps: int) -> str:
+        """'' where there is nothing to learn from."""
+        seed, model = bases[base]
+        shared = f"--model {model} --steps {steps} --lr {LR} --micro-batch-tokens 8192 --seed {seed}"
+        flags, run = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
+        if not flags.endswith(".jsonl"):
+            data = "data/train.jsonl" if folder == "full" else "rollouts/zero_hit.jsonl"
+            return (f"train_grpo.py {shared} {PROBLEMS} --batch-prompts {size['batch']} --sample-every 1 "
+                    f"--sample-groups 0 --data {base}/{data} {flags} {run}")
+        if not any(r["reward"] for r in common.read_jsonl(base / flags)):
+            return ""
+        return f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {run}"
 
-    hard = [arm for arm in HARD if everything or arm not in SHAPED] if world is toy else SECOND
-    runs = {"hard": commands(hard, zero, "hard")}
-    if world is toy:
-        runs["full"] = commands(TABLE_2, base / "data" / "train.jsonl", "full")
-    if world is toy and everything:
-        runs["long"] = commands(LONG, zero, "long", size["long"])
-    demo.run(base, *[command for arms in runs.values() for command in arms.values()])
-    for folder, arms in runs.items():
-        models = [f"{base}/train/{folder}/{tables.slug(arm)}/model" for arm in arms]
-        models = " ".join([model, *models] if folder == "hard" else models)
-        demo.run(base, f"eval.py --model {models} --data {base}/data/test_hard.jsonl {base}/data/test_easy.jsonl "
-                       f"--limit {size['test']} -n 32 --k 1 32 --seed {seed} {PROBLEMS} --out {base}/eval/{folder}",
-                 processes=2)
+    first = world is toy
+    sets = {"hard": ([arm for arm in HARD if everything or arm not in SHAPED] if first else SECOND, size["steps"]),
+            "full": (TABLE_2 if first else (), size["steps"]),
+            "long": (LONG if first and everything else (), size["long"])}
+    runs = {(base, folder): {arm: command(base, arm, folder, steps) for arm in arms}
+            for base in bases for folder, (arms, steps) in sets.items() if arms}
+    demo.run(out, *[c for arms in runs.values() for c in arms.values() if c])
+    for (base, folder), arms in runs.items():
+        models = [f"{base}/train/{folder}/{tables.slug(arm)}/model" for arm, c in arms.items() if c]
+        models = " ".join([bases[base][1], *models] if folder == "hard" else models)
+        demo.run(out, f"eval.py --model {models} --data {base}/data/test_hard.jsonl {base}/data/test_easy.jsonl "
+                      f"--limit {size['test']} -n 32 --k 1 32 --seed {bases[base][0]} {PROBLEMS} "
+                      f"--out {base}/eval/{folder}", processes=2)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -177,9 +185,10 @@ def main(args: argparse.Namespace) -> None:
         if not args.tables:
             demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
                             if s and not (demo.ROOT / path / "run.json").exists()])
-            for stage in (prepare, *(functools.partial(f, everything=args.all) for f in (recover, train))):
-                for seed, model in models.items():
-                    stage(world, out / f"base{seed}", model, seed, size)
+            of = {out / f"base{seed}": (seed, model) for seed, model in models.items()}
+            prepare(world, out, of, size)
+            recover(world, out, of, size, args.all)
+            train(world, out, of, size, args.all)
         found = {out / f"base{seed}": model for seed, model in models.items()}
         bases[name] = {base: model for base, model in found.items() if (base / "eval/hard/results.json").exists()}
         for base in found.keys() - bases[name].keys():

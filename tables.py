@@ -292,7 +292,7 @@ def spent(base: Path, folder: str, arm: str) -> float:
     stage, processes = DATA.get(arm, (None, 0))
     if stage is None:
         return steps
-    seconds = json.loads((base / "seconds.json").read_text())
+    seconds = json.loads((base.parent / "seconds.json").read_text())
     return steps + processes * next(s for command, s in seconds.items() if command.endswith(f"{base.name}/{stage}"))
 
 

@@ -170,7 +170,7 @@ def test_training_table_is_made_of_samples_and_logs(base):
     train_arm(base, "GRPO N=8", "hard", "grpo-n-8-model", [32, 0], seconds_sample=1.0, seconds_update=2.0,
               memory_gb=0.5)
     train_arm(base, "RFT", "hard", "rft-model", [16, 1], seconds=6.0, memory_gb=0.7)
-    (base / "seconds.json").write_text(json.dumps({"rollout.py --out x/base0/rft-samples": 9.0}))
+    (base.parent / "seconds.json").write_text(json.dumps({"rollout.py --out x/base0/rft-samples": 9.0}))
     text = tables.training_table([base], ["RFT", "GRPO N=8", "DAPO"], "hard")
     rows = {c[1].strip(): [x.strip() for x in c[2:-1]] for c in (line.split("|") for line in text.splitlines()[2:])}
     assert rows["base"][1].startswith("0.0 [0.0, ") and rows["base"][-2:] == ["-", "-"]
@@ -196,12 +196,13 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     commands = []
     monkeypatch.setattr(demo, "run", lambda out, *found, processes=1: commands.extend(found))
     write(base / "rft-samples" / "rollouts.jsonl", [{"id": "hard-0", "reward": 1}])
-    evidence.prepare(toy, base, "toy_model", 0, evidence.FULL)
+    world = toy, base.parent, {base: (0, "toy_model")}, evidence.FULL
+    evidence.prepare(*world)
     for stage in (evidence.recover, evidence.train):
         few = len(commands)
-        stage(toy, base, "toy_model", 0, evidence.FULL, everything=False)
+        stage(*world, everything=False)
         few, before = len(commands) - few, len(commands)
-        stage(toy, base, "toy_model", 0, evidence.FULL, everything=True)
+        stage(*world, everything=True)
         assert len(commands) - before > few and set(commands[before - few:before]) - set(commands[before:]) <= {
             c for c in commands if "/eval" in c}  # a model more to evaluate
     assert len(commands) > 60
