@@ -87,8 +87,8 @@ def curves(plt, bases: dict[str, list[Path]], out: Path) -> None:
                     axis.plot(steps, line, color="0.6", linestyle=style, linewidth=0.5)
                 axis.plot(steps, [sum(x) / len(x) for x in zip(*lines)], color="k", linestyle=style, linewidth=1.4,
                           label=arm)
-        column[0].set(title=title, ylabel="reward of the policy's samples")
-        column[1].set(xlabel="training step", ylabel="share of groups rescued")
+        column[0].set(title=title, ylabel="reward of samples")
+        column[1].set(xlabel="training step", ylabel="groups rescued")
     fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     fig.savefig(out / "evidence-training.png", dpi=120)
 
