@@ -339,11 +339,17 @@ def training_table(bases: list[Path], arms: list[str], folder: str) -> str:
 
 def signal_table(world, bases: list[Records], arms: list[str], folder: str) -> str:
     """What a GRPO run learned from, in both halves of its steps: right responses of the policy, in groups that have
-    wrong ones too, and injected trajectories, each with the sound ones among them. From samples.jsonl."""
+    wrong ones too, and injected trajectories, each with the sound ones among them (samples.jsonl); and how far it went
+    from the base model, mean over base models (metrics.jsonl)."""
     rows = []
     for arm in arms:
-        files = [(b, b.base / "train" / folder / slug(arm) / "samples.jsonl") for b in bases]
-        found = [s | {"problem": b.problems[s["id"]]} for b, f in files if f.exists() for s in common.read_jsonl(f)]
+        runs = [(b, b.base / "train" / folder / slug(arm)) for b in bases]
+        runs = [(b, run) for b, run in runs if run.exists()]
+        found = [s | {"problem": b.problems[s["id"]]} for b, run in runs
+                 for s in common.read_jsonl(run / "samples.jsonl")]
+        kl = {}  # step -> one of every base model
+        for m in (m for _, run in runs for m in common.read_jsonl(run / "metrics.jsonl")):
+            kl.setdefault(m["step"], []).append(m.get("kl", 0.0))
         last = max((s["step"] for s in found), default=0)
         for first, end in ((1, last // 2), (last // 2 + 1, last)):
             row = [arm, f"{first}-{end}"]
@@ -352,8 +358,9 @@ def signal_table(world, bases: list[Records], arms: list[str], folder: str) -> s
                          and s["injected"] == injected]
                 sound = sum(world.is_sound(s["problem"], s["response"]) for s in right)
                 row += [len(right), f"{100 * sound / len(right):.0f} %" if right else "-"]
-            rows.append(row)
-    return table(["", "steps", "hits with an advantage", "of them sound", "injected", "of them sound"], rows)
+            rows.append([*row, f"{mean(kl[end]):.2f}" if any(kl.get(end, ())) else "-"])  # DAPO has no reference
+    return table(["", "steps", "hits with an advantage", "of them sound", "injected", "of them sound",
+                  "KL after them"], rows)
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------

@@ -187,9 +187,11 @@ def test_signal_table_tells_sound_injected_trajectories_apart(base):
             {"step": 2, "id": "hard-2", "response": JUMPS["hard-2"], "reward": 1, "advantage": 0.0, "injected": False},
             {"step": 2, "id": "hard-1", "response": "x", "reward": 0, "advantage": -1.0, "injected": False}]
     write(base / "train" / "hard" / tables.slug("GRPO+LatentRevise") / "samples.jsonl", rows)
+    write(base / "train" / "hard" / tables.slug("GRPO+LatentRevise") / "metrics.jsonl", [
+        {"step": 1, "kl": 0.0}, {"step": 2, "kl": 0.25}])
     lines = tables.signal_table(toy, [tables.Records(base)], ["GRPO+LatentRevise"], "hard").splitlines()[2:]
-    assert lines == ["| GRPO+LatentRevise | 1-1 | 0 | - | 2 | 50 % |",
-                     "| GRPO+LatentRevise | 2-2 | 1 | 100 % | 0 | - |"]
+    assert lines == ["| GRPO+LatentRevise | 1-1 | 0 | - | 2 | 50 % | - |",
+                     "| GRPO+LatentRevise | 2-2 | 1 | 100 % | 0 | - | 0.25 |"]
 
 
 def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
@@ -226,7 +228,7 @@ def complete(base) -> None:
     train_arm(base, "base", "hard", "toy_model", [0, 1])
     for arm in plot.ARMS:
         train_arm(base, arm, "hard", f"{tables.slug(arm)}-model", [1, 1], reward=0.5, rescued=0.1, seconds=1.0,
-                  memory_gb=1.0)
+                  memory_gb=1.0, step=1)
         write(base / "train" / "hard" / tables.slug(arm) / "samples.jsonl", [])
 
 
