@@ -161,6 +161,8 @@ def child(script: str, argv: list[str], log: str, env: dict[str, str], point: in
         os.dup2(os.open(f"{log}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update({"HF_HUB_OFFLINE": "1"} | env)
     torch.set_num_threads(1)
+    # A shell starts what runs in its background deaf to Ctrl-C, and that is inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if point:
         die_at(point)
     sys.argv = [script, *argv]
