@@ -12,6 +12,7 @@ Base models: of seed 0 those that ship with the repository; others are trained f
 base model's seed. The stage scripts make all numbers; tables.py counts, plot.py draws, and this file says what is run.
 """
 import argparse
+import shutil
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ WORLDS = {"toy": toy, "toy_words": toy_words}
 FULL = {"hard": 180, "test": 60, "attempts": 3, "steps": 16, "long": 40, "batch": 16, "continuations": 8}
 QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "long": 3, "batch": 2, "continuations": 2}
 
+LIKELY = "--min-logprob -0.5"
 LR = "3e-4"  # of every training run: the toy models are small
 
 # name -> flags of revise.py. The first is the paper's method at its defaults; all others differ by their flags alone
@@ -51,7 +53,7 @@ RECOVERY = {
         "K 20": "--revision-steps 20 --record-every 2"},
     "Choices of ours": {
         "gamma0 0.3": "--gamma0 0.3",
-        "likely only": "--min-logprob -0.5 --attempts {attempts}"},
+        "likely only": LIKELY + " --attempts {attempts}"},
     "Other choices (--all)": {
         "losses as means": "--reduction mean",
         "no special tokens as vertices": "--vertex-rows text",
@@ -63,7 +65,6 @@ RECOVERY = {
         "cut by surprise": "--rho-rule surprise"}}
 
 # arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's
-LIKELY = "--min-logprob -0.5"
 HARD = {
     "RFT": "rft-samples/rollouts.jsonl",
     "GRPO N=8": "",
@@ -200,8 +201,9 @@ def main(args: argparse.Namespace) -> None:
     common.write_atomic(root / "tables.md", text)
     plot.everything(WORLDS, bases, root)
     if args.write:
+        for figure in root.glob("evidence-*.png"):
+            shutil.copy(figure, demo.ROOT / "docs")
         common.write_atomic(results, f"{head}\n{text}")
-        plot.everything(WORLDS, bases, demo.ROOT / "docs")
     print(f"{text}\n[{time.time() - begun:.0f} s] {root}/tables.md")
 
 

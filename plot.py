@@ -55,9 +55,8 @@ def variants(plt, worlds: dict, out: Path) -> None:
         names = [v for v in VARIANTS if all((b.base / "revise" / tables.slug(v)).exists() for b in records)]
         for y, variant in enumerate(reversed(names)):
             found = [r for b in records for r in b.variant(variant)]
-            right = [[c["response"] for c in r["continuations"] if c["reward"]] for r in found]
-            sound = sum(any(world.is_sound(r["problem"], t) for t in ts) for r, ts in zip(found, right))
-            for label, k, style, fill, shift in (("recovered", sum(map(bool, right)), "ko", "k", 0.15),
+            right, sound = (sum(n > 0 for n in of) for of in zip(*tables.right_and_sound(world, found)))
+            for label, k, style, fill, shift in (("recovered", right, "ko", "k", 0.15),
                                                  ("soundly recovered", sound, "ks", "w", -0.15)):
                 low, high = wilson_interval(k, len(found))
                 axis.plot([100 * low, 100 * high], [y + shift] * 2, "k-", linewidth=0.8)

@@ -90,21 +90,26 @@ RECOVERY_HEAD = ["", "recovered", "by base model", "soundly", "by base model", "
                  "tokens of compute", "continuation", "kept"]
 
 
+def right_and_sound(world, records: list[dict], score: str = "reward") -> list[tuple[int, int]]:
+    """Of every prompt, its right continuations and the sound ones among them."""
+    right = [[c["response"] for c in r["continuations"] if c[score]] for r in records]
+    return [(len(texts), sum(world.is_sound(r["problem"], t) for t in texts)) for r, texts in zip(records, right)]
+
+
 def recovery_row(world, name: str, bases: list[list[dict]], score: str = "reward") -> list[str]:
     """One line, over the records of all base models."""
-    def right(r: dict, sound: bool = False) -> list[dict]:
-        found = [c for c in r["continuations"] if c[score]]
-        return [c for c in found if world.is_sound(r["problem"], c["response"])] if sound else found
+    found = [right_and_sound(world, records, score) for records in bases]
 
-    def prompts(sound: bool) -> list[str]:
-        counts = [sum(bool(right(r, sound)) for r in records) for records in bases]
-        each = " ".join(f"{100 * c / max(len(records), 1):.1f}" for c, records in zip(counts, bases))
-        return [share(sum(counts), sum(map(len, bases))), each]
+    def prompts(k: int) -> list[str]:
+        counts = [sum(x[k] > 0 for x in of) for of in found]
+        each = " ".join(f"{100 * c / max(len(of), 1):.1f}" for c, of in zip(counts, found))
+        return [share(sum(counts), sum(map(len, found))), each]
 
     records = [r for records in bases for r in records]
-    hits, gold = [len(right(r)) for r in records], score == "reward"  # a wrong answer cannot be reached soundly
-    return [name, *prompts(False), *(prompts(True) if gold else "--"),
-            share_of([len(right(r, True)) for r in records], hits) if any(hits) and gold else "-",
+    right, sound = zip(*(x for of in found for x in of))
+    gold = score == "reward"  # a wrong answer cannot be reached soundly
+    return [name, *prompts(0), *(prompts(1) if gold else "--"),
+            share_of(sound, right) if any(right) and gold else "-",
             f"{mean([r['passes'] for r in records]):.1f}", f"{mean([cost(r) for r in records]):.0f}",
             f"{mean([mean([len(c['ids']) for c in r['continuations']]) for r in records]):.1f}",
             f"{100 * mean([r['kept'] for r in records]):.0f} %"]
