@@ -3,7 +3,8 @@ a flag each.
 
 Nothing here is used at the defaults, which are the paper's Algorithm 1; RESULTS.md says what each is worth.
 
-    --vertices random, --gold permuted   the same work without the information; --from of revise.py is the third control
+    --vertices random    noise of the same size, which takes no pass; --gold permuted, another prompt's answer;
+                         --from of revise.py is the third control
     --optimizer adam                     Table 3's "no Frank-Wolfe"
     --direction pairwise, away           Lacoste-Julien & Jaggi 2015 (arXiv 1511.05932), Alg. 2 and Alg. 1
     --step-rule short                    gap / (L |d|^2) (Demyanov & Rubinov 1970; arXiv 1806.05123, Eq. 1), L from the

@@ -46,7 +46,7 @@ from common import UserError
 # Dimension key: B rollouts, Q prompt, R prefix, N = sum of R over the batch, V vocabulary rows, D model width
 
 TEMPLATE = "Based on my current reasoning process, the final answer is "
-ORACLE_ROWS = 16384  # vocabulary rows scored at a time
+ORACLE_ROWS = 4096  # vocabulary rows scored at a time: more fall out of a CPU's cache
 SHELF_BYTES = 2**28  # of atoms and weights in one prefixes-*.safetensors
 
 
@@ -84,11 +84,14 @@ def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner", chun
     metric: inner <x, v>, cosine <x, v>/|v|, or l2 -|x - v|^2. Scores are float32 (bfloat16 scores change vertices) and
     exist for `chunk` vocabulary rows at a time. Ties go to the id that comes first.
     """
-    best = torch.full((len(X),), -torch.inf, device=X.device)
+    X, best = X.float(), torch.full((len(X),), -torch.inf, device=X.device)
     ids = torch.zeros(len(X), dtype=torch.long, device=X.device)
+    # Indexing by a list of ids copies every row; most tokenizers allow ids without a gap, which a slice views
+    gapless = len(allowed) > 0 and int(allowed[-1] - allowed[0]) == len(allowed) - 1
     for s in range(0, len(allowed), chunk):
-        rows = W[allowed[s:s + chunk]].float()  # (chunk, D)
-        scores = X.float() @ rows.T  # (N, chunk)
+        some = allowed[s:s + chunk]
+        rows = (W[int(some[0]):int(some[0]) + len(some)] if gapless else W[some]).float()  # (chunk, D)
+        scores = X @ rows.T  # (N, chunk)
         if metric == "cosine":
             # denominator |v|: |x| is the same for every v. A row of zeros (padding often is one) scores 0, not nan
             scores = scores / rows.norm(dim=-1).clamp(min=1e-12)
@@ -97,7 +100,7 @@ def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner", chun
         value, index = scores.max(-1)
         better = value > best
         best = torch.where(better, value, best)
-        ids = torch.where(better, allowed[s:s + chunk][index], ids)
+        ids = torch.where(better, some[index], ids)
     return ids
 
 
@@ -151,8 +154,15 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
         for i in range(1, args.revision_steps + 1):  # Alg. 1, for i = 1..K
             if tensors is None:
                 tensors = packed.pack([batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
-            losses, G = packed.losses_and_gradient(model, tensors, torch.cat([soft[b] for b in active]))
             sizes = [len(batch[b].r) for b in active]
+            if args.vertices == "random":  # noise needs no gradient, and so no pass: no losses, no gap, no early stop
+                for b in active:
+                    batch[b].move(controls.random_vertices(batch[b], i, allowed, args.seed), args.gamma0 * 2 / (i + 1))
+                    soft[b] = soft_prefix(W, batch[b].atoms, batch[b].weights)
+                    if i in keep:
+                        kept[b][i] = soft[b]
+                continue
+            losses, G = packed.losses_and_gradient(model, tensors, torch.cat([soft[b] for b in active]))
             moving = {}
             for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), oracle(G, W, allowed).split(sizes)):
                 f = batch[b]
@@ -162,7 +172,7 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
                     continue
                 # <G, E - V*>: never negative in the hull, 0 where stationary
                 f.gaps.append(float((g * (soft[b] - W[v].float())).sum()))
-                moving[b] = g, controls.random_vertices(f, i, allowed, args.seed) if args.vertices == "random" else v
+                moving[b] = g, v
             if moments is not None:
                 for b, (g, _) in moving.items():
                     soft[b] = controls.adam_step(soft[b], g, moments[b], i, args.adam_lr)
@@ -243,7 +253,8 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     records = []
     for f, r, E, result in zip(batch, rollouts, prefixes, results):
         # Eq. (8); a prefix that did not move is its own tokens
-        projected = best_rows(E[args.revision_steps], W, allowed, args.projection).tolist() if f.gaps else f.r
+        moved = f.gaps or f.gammas  # Adam has no gammas, noise no gaps
+        projected = best_rows(E[args.revision_steps], W, allowed, args.projection).tolist() if moved else f.r
         ends = bool(set(projected) & set(eos))  # the policy would have stopped there: no trajectory of its own
         curve = {}
         for step, samples in result.items():
@@ -421,6 +432,8 @@ def check_revision_args(args: argparse.Namespace) -> None:
     if args.optimizer == "adam" and (
             args.direction, args.step_rule, args.vertices) != ("frank-wolfe", "diminishing", "oracle"):
         raise UserError("--optimizer adam has no --direction, --step-rule or --vertices: those are of Frank-Wolfe")
+    if args.vertices == "random" and (args.direction, args.step_rule) != ("frank-wolfe", "diminishing"):
+        raise UserError("--vertices random has no --direction or --step-rule: those go by the gradient")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -222,7 +222,7 @@ def test_control_random_vertices_take_the_same_steps_in_other_directions(tmp_pat
     theirs = {(r["id"], r["sample"]): r for r in default[1]}
     for r in revised(tmp_path / "o"):
         other = theirs[r["id"], r["sample"]]
-        assert r["gammas"] == other["gammas"] and r["losses"][0] == pytest.approx(other["losses"][0], rel=1e-4)
+        assert r["gammas"] == other["gammas"] and r["losses"] == r["gaps"] == [] and r["passes"] == 0
         assert all(a != b for a, b in zip(r["atoms"][1:], other["atoms"][1:]))
         assert len({tuple(a) for a in r["atoms"][1:]}) == 10 and max(map(max, r["atoms"])) < TOKENS
 
