@@ -114,6 +114,13 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
         raise UserError(f"problem {str(problem)[:60]!r}: refused by the tokenizer of --model ({e})") from None
 
 
+def add_text(problem: str | list[dict], before: str = "", after: str = "") -> str | list[dict]:
+    """A problem with lines before and after its text; of chat messages the last is meant, which asks."""
+    if isinstance(problem, str):
+        return "\n".join(filter(None, (before, problem, after)))
+    return [*problem[:-1], problem[-1] | {"content": add_text(problem[-1]["content"], before, after)}]
+
+
 def add_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace) -> None:
     """Give each problem its `prompt_ids` and `limit`, the response tokens its context leaves (<= --max-new-tokens)."""
     context = common.context_length(model)

@@ -124,12 +124,8 @@ def add_teacher_prompts(problems: list[dict], model, tokenizer, args: argparse.N
     it must leave room."""
     context = common.context_length(model)
     for p in problems:
-        hint, problem = args.opsd_hint.replace("{answer}", p["answer"]), p["problem"]
-        if isinstance(problem, str):
-            problem = f"{problem}\n{hint}"
-        else:  # chat messages: to the last of them, which asks
-            problem = [*problem[:-1], problem[-1] | {"content": f"{problem[-1]['content']}\n{hint}"}]
-        p["teacher_ids"] = rollout.prompt_ids(tokenizer, problem, args)
+        hinted = rollout.add_text(p["problem"], after=args.opsd_hint.replace("{answer}", p["answer"]))
+        p["teacher_ids"] = rollout.prompt_ids(tokenizer, hinted, args)
         if len(p["teacher_ids"]) >= context:
             raise UserError(f"--opsd-hint: with it problem {p['id']!r} is {len(p['teacher_ids'])} tokens long, and the "
                             f"context of --model holds {context}")

@@ -417,8 +417,8 @@ def test_no_source_runs_text_or_unpickles(name):
 def documented_commands():
     """(where, command) of every stage command in docstrings, README code blocks and recipes."""
     found = []
-    for name in STAGES:
-        doc = importlib.import_module(name).__doc__
+    for name in [*STAGES, "baselines.hint", "experiments.real_model"]:
+        doc = re.sub(r"\\\n *", " ", importlib.import_module(name).__doc__)
         found += [(f"{name}.py", re.split(r" {3,}", line.strip())[0])  # a remark may stand at the right
                   for line in doc.splitlines() if re.match(r"\s+(python|torchrun) ", line)]
     readme = ROOT / "README.md"
@@ -436,7 +436,8 @@ def documented_commands():
                 line = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]), line)  # noqa: B023
                 found.append((recipe.name, line))
     stages = "|".join(STAGES)
-    return [(where, line) for where, line in found if re.search(rf"(python|torchrun) (.* )?({stages})\.py ", line)]
+    known = rf"(({stages})\.py|-m (baselines|experiments)\.\w+) "
+    return [(where, line) for where, line in found if re.search(rf"(python|torchrun) (.* )?{known}", line)]
 
 
 COMMANDS = documented_commands()
@@ -457,9 +458,12 @@ def test_documented_commands_parse(where, line):
     if words[0] == "torchrun":  # which reads the flags of the script as well, and may mistake one for its own
         launched = torchrun_args(words[1:])
         script, argv = launched.training_script, launched.training_script_args
+        script = script.replace(".", "/") + ".py" if launched.module else script
     else:
         script, argv = words[1], words[2:]
+        if script == "-m":
+            script, argv = argv[0].replace(".", "/") + ".py", argv[1:]
     if argv[:1] == ["show"]:  # revise.py show is show.py
         script, argv = "show.py", argv[1:]
     assert (ROOT / script).exists()
-    importlib.import_module(script.removesuffix(".py")).get_args(argv)
+    importlib.import_module(script.removesuffix(".py").replace("/", ".")).get_args(argv)

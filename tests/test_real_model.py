@@ -1,0 +1,43 @@
+"""experiments/real_model.py: its proxies of soundness, and its table on a folder that the stages made."""
+import pytest
+from conftest import stage, write_problems, write_verifier
+
+from experiments import real_model
+
+# A quarter of the last characters pass: some prompts are zero-hit, whatever the prefix
+QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
+
+
+@pytest.mark.parametrize("text,found", [
+    ("She has 3 + 4 = 7 eggs, 7*2=15.", [(7, True), (15, False)]),
+    (r"\(16 \times 2 = \$32\) and 32 \div 0 = 5", [(32, True), (5, False)]),
+    ("$1,200 / 3 = $400.00", [(400, True)]), ("10 / 3 = 3.33", [(3.33, True)]), ("no equation = 4", [])])
+def test_equations_are_found_and_checked(text, found):
+    assert real_model.equations(text) == found
+
+
+@pytest.mark.parametrize("text,answer,expected", [
+    ("3+4=7, so \\boxed{7}", "7", (True, True)), ("3+4=8. 4+3=7 \\boxed{7}", "7", (False, True)),
+    ("3+4=7, the answer is \\boxed{9}", "9", (True, False)), ("It is \\boxed{9}", "9", (False, False)),
+    ("3+4=7", "\\frac12", (True, False))])
+def test_a_sound_continuation_computes_its_answer(text, answer, expected):
+    assert real_model.proxies(text, answer) == expected
+
+
+def test_the_table_counts_what_the_stages_wrote(tmp_path, model_dir, capsys):
+    flags = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 12, "--verifier",
+             write_verifier(tmp_path / "v.py", QUARTER)]
+    stage("rollout.py", *flags, "--data", write_problems(tmp_path / "d.jsonl", 8), "-n", 2, "--out", tmp_path / "r")
+    for arm, more in {"latentrevise": [], "noise": ["--vertices", "random"], "fresh": ["--from", "scratch"]}.items():
+        stage("revise.py", *flags, "--rollouts", tmp_path / "r", "--attempts", 1, "--continuations", 3,
+              "--revision-steps", 2, "--out", tmp_path / "arms" / arm, *more)
+    real_model.main(real_model.get_args([str(tmp_path / "arms"), "--model", str(model_dir), "--device", "cpu"]))
+    _, _, fresh, latentrevise, noise = (
+        [c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
+    assert (fresh[0], latentrevise[0], noise[0]) == ("fresh", "latentrevise", "noise")
+    prompts = fresh[1].split(",")[0].split("/")[1]
+    assert all(x[1].split(",")[0].endswith(f"/{prompts}") and x[2].endswith(f" of {3 * int(prompts)}")
+               for x in (fresh, latentrevise, noise))
+    assert fresh[-2:] == ["-", "-"] and noise[-1] != "-" != latentrevise[-1]
+    tokens = [int(x[5].replace(",", "")) for x in (fresh, latentrevise, noise)]
+    assert tokens[1] > max(tokens[0], tokens[2])  # noise takes no pass
