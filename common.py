@@ -411,7 +411,7 @@ def checkpointed(model, on: bool):
     in training mode alone, so dropout is switched off by hand."""
     before = model.training
     if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -420,7 +420,7 @@ def checkpointed(model, on: bool):
         yield
     finally:
         if on:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
             model.train(before)
 
 
