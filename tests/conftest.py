@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a missing folder is not looked for on the hub
@@ -157,7 +158,30 @@ def die_at(point: int) -> None:
     common.append_jsonl, os.replace = torn_append, torn_replace
 
 
-def child(script: str, argv: list[str], log: str, env: dict[str, str], point: int) -> None:
+def note_draws(path: str):
+    """In the child: note every draw; returns the function that writes {key: [[time, [token, distance of the uniform to
+    the nearer end of the token's stretch of the CDF], ...], ...]}, a list for each time that the row was drawn."""
+    rows, now, draw, uniforms = {}, [], sampling.draw, sampling.uniforms
+
+    def noting_uniforms(keys, position):
+        now[:] = keys.tolist(), position.tolist()
+        return uniforms(keys, position)
+
+    def noting_draw(logits, u, temperature, top_k, top_p):
+        tokens, logprobs = draw(logits, u, temperature, top_k, top_p)
+        cdf = torch.nn.functional.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))  # temperature 1, no filters
+        ends = cdf.gather(1, tokens[:, None] + torch.tensor([[0, 1]]))  # (B, 2)
+        for key, t, token, distance in zip(*now, tokens.tolist(), (ends - u[:, None]).abs().amin(-1).tolist()):
+            if t == 0:  # an evaluation draws its rows again and again, in whatever process
+                rows.setdefault(key, []).append([time.time()])
+            rows[key][-1].append([token, distance])
+        return tokens, logprobs
+
+    sampling.draw, sampling.uniforms = noting_draw, noting_uniforms
+    return lambda: Path(path).write_text(json.dumps(rows))
+
+
+def child(script: str, argv: list[str], log: str, env: dict[str, str], point: int, draws: str = "") -> None:
     for number in (1, 2):
         os.dup2(os.open(f"{log}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update({"HF_HUB_OFFLINE": "1"} | env)
@@ -168,7 +192,9 @@ def child(script: str, argv: list[str], log: str, env: dict[str, str], point: in
         die_at(point)
     sys.argv = [script, *argv]
     stage = importlib.import_module(script.removesuffix(".py"))
+    write = note_draws(draws) if draws else lambda: None
     common.run_script(stage.get_args, stage.main)
+    write()
 
 
 def launch(processes: int, target, arguments) -> list:
@@ -196,11 +222,14 @@ def finish(ranks: list, seconds: float = 120) -> list[int | None]:
     return codes
 
 
-def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    """A stage in processes of its own, quickly. kill_at: see die_at (check must then expect -SIGKILL)."""
+def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool = True,
+          draws: Path | None = None) -> subprocess.CompletedProcess:
+    """A stage in processes of its own, quickly. kill_at: see die_at (check must then expect -SIGKILL).
+    draws: prefix of the files that get every draw, for `same_draws`."""
     argv = list(map(str, args))
     with tempfile.TemporaryDirectory() as folder:
-        codes = finish(launch(processes, child, lambda r, env: (script, argv, f"{folder}/{r}", env, kill_at)))
+        codes = finish(launch(processes, child, lambda r, env: (script, argv, f"{folder}/{r}", env, kill_at,
+                                                               draws and f"{draws}.draws{r}")))
         out = Path(f"{folder}/0.1").read_text()
         err = "".join(Path(f"{folder}/{r}.2").read_text() for r in range(processes))
     code = next((c for c in codes if c != 0), 0)
@@ -298,3 +327,28 @@ def assert_same_sampling(one: Path, other: Path, again) -> None:
         (other / name).unlink()
     again()
     assert tree(other) == before
+
+
+TRAINED = 1e-5  # NEAR where two runs' weights differ in the last digits too
+
+
+def same_draws(one: Path, other: Path) -> bool:
+    """Whether two training runs with stage(draws=...) drew the same. Raises AssertionError for a first difference that
+    rounding does not explain. Weights change from step to step, so each run's own CDF stands for the float64 one: a
+    wrong mask, position or key changes the token wherever the uniform lies."""
+    noted = [{}, {}]
+    for rows, run in zip(noted, (one, other)):
+        for path in run.parent.glob(f"{run.name}.draws*"):
+            for key, drawn in json.loads(path.read_text()).items():
+                rows[key] = sorted(rows.get(key, []) + drawn)
+    flipped = False
+    for key in noted[0].keys() & noted[1].keys():
+        pairs = (pair for x, y in zip(noted[0][key], noted[1][key]) for pair in enumerate(zip(x[1:], y[1:])))
+        for t, ((a, near_a), (b, near_b)) in pairs:
+            if a != b:
+                assert min(near_a, near_b) < TRAINED, (
+                    f"row {key}, position {t}: tokens {a} and {b} at {near_a:.1e} and {near_b:.1e}")
+                flipped = True
+                break
+    assert noted[0] and (flipped or noted[0].keys() == noted[1].keys())
+    return not flipped
