@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -349,6 +350,16 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(tmp_path, world,
         assert (said.startswith(f"{name}.py: rank {r} stops: rank {0 if r else lost}")
                 and said.endswith("; the same command continues"))
     world.finishes_like_an_undisturbed_run(name, tmp_path / "o", processes)
+
+
+def test_a_rank_whose_others_never_come_says_so_in_one_line(tmp_path, world):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    codes, errors = world.run("rollout", tmp_path / "o", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                              LATENTREVISE_TIMEOUT="1")
+    assert codes == [1] and re.fullmatch(r"rollout\.py: rank 0 stops: the others are gone, or did not come .*",
+                                         last_line(errors[0])), errors
 
 
 def test_processes_meet_before_the_gradients_are_summed(monkeypatch):
