@@ -185,7 +185,8 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
     """Make the output folder and its run.json, or check that the folder was begun with the same settings. A folder with
     no more than a run.json has no result to protect: a command that failed can be corrected and run again.
 
-    free: flags that may differ when a run continues, since they do not change its result (batch size, device, ...).
+    free: flags that may differ when a run continues, since they do not change its result but for rounding (batch size,
+    device, ...).
     facts: anything else the result depends on (a digest of the data, say). Rank 0 writes; every rank checks.
     Raises UserError naming the first difference.
     """
@@ -260,9 +261,8 @@ def barrier() -> None:
     others = range(1, world_size()) if rank() == 0 else [rank()]
     for _ in range(2):  # the second round tells the others that rank 0 has met them all
         for other in others:
-            line = lines()[other]
             try:
-                dist.barrier(line)
+                dist.barrier(lines()[other])
             except RuntimeError:
                 who = f"rank {other}" if rank() == 0 else "rank 0, or one that it waits for,"
                 raise LostProcess(f"{who} is gone, or did not come within {patience().total_seconds():.0f} s") from None
@@ -336,13 +336,17 @@ def run_script(get_args, main) -> None:
     script, code = Path(sys.argv[0]).name, 0
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            start_group()
+            try:
+                start_group()
+            except dist.DistError as e:
+                reason = str(e).splitlines()[0]
+                raise LostProcess(f"the others are gone, or did not come ({reason})") from None
             barrier()  # makes its groups while everybody is alive, so that a later loss is named
         main(args)
     except UserError as e:
         code, message = 2, f"error: {e}"
     except LostProcess as e:
-        code, message = 1, f"rank {rank()} stops: {e}; the same command continues"
+        code, message = 1, f"rank {os.environ['RANK']} stops: {e}; the same command continues"
     except (OSError, SafetensorError) as e:  # a full disk, a read-only folder; safetensors has its own class
         code, message = 2, (f"error: {getattr(e, 'filename', None) or 'writing failed'}: "
                             f"{getattr(e, 'strerror', None) or e}")
@@ -411,7 +415,7 @@ def checkpointed(model, on: bool):
     in training mode alone, so dropout is switched off by hand."""
     before = model.training
     if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -420,7 +424,7 @@ def checkpointed(model, on: bool):
         yield
     finally:
         if on:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
             model.train(before)
 
 

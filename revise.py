@@ -217,7 +217,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     """Algorithm 1, decoding, verification and projection for failed rollouts (records of rollout.py).
 
     A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one. Returns one record per
-    rollout, in order; nothing in it depends on the batch in float32.
+    rollout, in order; in float32 nothing in it depends on the batch, up to rounding (see sampling.py).
     """
     W = model.get_input_embeddings().weight.detach()
     allowed = allowed_rows(tokenizer, vocab, len(W), args.vertex_rows).to(W.device)
@@ -452,7 +452,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = (*rollout.FREE, "batch_tokens", "checkpoint_activations")  # these do not change a result in float32
+FREE = (*rollout.FREE, "batch_tokens", "checkpoint_activations")  # these change a result by float32 rounding alone
 
 
 def main(args: argparse.Namespace) -> None:

@@ -8,9 +8,10 @@ Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`
         `reward`, `answer`; zero_hit.jsonl: the problems none of whose N responses passed;
         summary.json: the pass-rate histogram.
 
-How a response is drawn, and why its text depends on (seed, problem id, sample number) alone: sampling.py. Processes
-claim problems from one list as their batches have room, so none waits for another, and append what is finished to a
-part file each; killed at any moment, the same command samples what is missing and writes the same files.
+How a response is drawn, and why its text depends on (seed, problem id, sample number) alone, up to float32 rounding:
+sampling.py. Processes claim problems from one list as their batches have room, so none waits for another, and append
+what is finished to a part file each; killed at any moment, the same command samples what is missing, and the files are
+the same but for such rounding: about two tokens in ten million.
 
 Memory  --max-batch-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a
         token for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights). A pass over new prompts adds 8,192
@@ -302,7 +303,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = ("device", "batch_size", "max_batch_tokens", "cuda_graphs")  # these do not change a result in float32
+FREE = ("device", "batch_size", "max_batch_tokens", "cuda_graphs")  # these change a result by float32 rounding alone
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -161,7 +161,8 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
     """This rank's groups for one step, the next data cursor, and counts over all ranks of what was sampled and rescued.
 
     Prompt j of a round belongs to rank j mod world. With --algo dapo, groups without signal are dropped and further
-    prompts sampled, in one global order, so that the batch does not depend on the number of processes.
+    prompts sampled, in one global order, so that the batch does not depend on the number of processes
+    (its draws up to rounding).
     """
     counts = Counter(dict.fromkeys(
         ("groups", "zero_hit", "rescued", "signal", "sampled", "hits", "tokens", "truncated"), 0))

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a missing folder is not looked for on the hub
@@ -33,6 +34,7 @@ torch.set_num_threads(1)
 
 import common
 import rollout
+import sampling
 
 ROWS, TOKENS = 160, 150  # embedding rows, tokenizer ids: ids 150..159 have a row and no token
 SHAPE = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -156,7 +158,30 @@ def die_at(point: int) -> None:
     common.append_jsonl, os.replace = torn_append, torn_replace
 
 
-def child(script: str, argv: list[str], log: str, env: dict[str, str], point: int) -> None:
+def note_draws(path: str):
+    """In the child: note every draw; returns the function that writes {key: [[time, [token, distance of the uniform to
+    the nearer end of the token's stretch of the CDF], ...], ...]}, a list for each time that the row was drawn."""
+    rows, now, draw, uniforms = {}, [], sampling.draw, sampling.uniforms
+
+    def noting_uniforms(keys, position):
+        now[:] = keys.tolist(), position.tolist()
+        return uniforms(keys, position)
+
+    def noting_draw(logits, u, temperature, top_k, top_p):
+        tokens, logprobs = draw(logits, u, temperature, top_k, top_p)
+        cdf = torch.nn.functional.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))  # temperature 1, no filters
+        ends = cdf.gather(1, tokens[:, None] + torch.tensor([[0, 1]]))  # (B, 2)
+        for key, t, token, distance in zip(*now, tokens.tolist(), (ends - u[:, None]).abs().amin(-1).tolist()):
+            if t == 0:  # an evaluation draws its rows again and again, in whatever process
+                rows.setdefault(key, []).append([time.time()])
+            rows[key][-1].append([token, distance])
+        return tokens, logprobs
+
+    sampling.draw, sampling.uniforms = noting_draw, noting_uniforms
+    return lambda: Path(path).write_text(json.dumps(rows))
+
+
+def child(script: str, argv: list[str], log: str, env: dict[str, str], point: int, draws: str = "") -> None:
     for number in (1, 2):
         os.dup2(os.open(f"{log}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update({"HF_HUB_OFFLINE": "1"} | env)
@@ -167,7 +192,9 @@ def child(script: str, argv: list[str], log: str, env: dict[str, str], point: in
         die_at(point)
     sys.argv = [script, *argv]
     stage = importlib.import_module(script.removesuffix(".py"))
+    write = note_draws(draws) if draws else lambda: None
     common.run_script(stage.get_args, stage.main)
+    write()
 
 
 def launch(processes: int, target, arguments) -> list:
@@ -195,14 +222,133 @@ def finish(ranks: list, seconds: float = 120) -> list[int | None]:
     return codes
 
 
-def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    """A stage in processes of its own, quickly. kill_at: see die_at (check must then expect -SIGKILL)."""
+def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool = True,
+          draws: Path | None = None) -> subprocess.CompletedProcess:
+    """A stage in processes of its own, quickly. kill_at: see die_at (check must then expect -SIGKILL).
+    draws: prefix of the files that get every draw, for `same_draws`."""
     argv = list(map(str, args))
     with tempfile.TemporaryDirectory() as folder:
-        codes = finish(launch(processes, child, lambda r, env: (script, argv, f"{folder}/{r}", env, kill_at)))
+        codes = finish(launch(processes, child, lambda r, env: (script, argv, f"{folder}/{r}", env, kill_at,
+                                                               draws and f"{draws}.draws{r}")))
         out = Path(f"{folder}/0.1").read_text()
         err = "".join(Path(f"{folder}/{r}.2").read_text() for r in range(processes))
     code = next((c for c in codes if c != 0), 0)
     expected = -signal.SIGKILL if kill_at else 0
     assert not check or code == expected, f"exit {code}\n{err}"
     return subprocess.CompletedProcess([script, *argv], code, out, err)
+
+
+# --- drawn text, which is the same up to float32 rounding -------------------------------------------------------------
+# Another batch shape rounds logits in another way, and a uniform that lies on a boundary of the CDF then falls on its
+# other side: about one token in ten million. These functions allow that and nothing else.
+NEAR = 1e-6  # of a uniform to a boundary of the CDF
+NEAR_LOGITS = 1e-5  # of two logits, where the larger is taken (temperature 0)
+
+
+@torch.no_grad()
+def common_tokens(model, prompt, key, one: list[int], other: list[int], vocab: int = TOKENS, temperature: float = 1,
+                  where: object = "") -> int:
+    """How many tokens two decodes of one row have in common: all, or those before a difference that rounding explains.
+    prompt: token ids or embeddings. Raises AssertionError where a float64 model says that it does not."""
+    if one == other:
+        return len(one)
+    row = f"row {where or key}"
+    t = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
+    assert t is not None, f"{row}: one decode is the beginning of the other, {len(one)} and {len(other)} tokens"
+    with torch.random.fork_rng():
+        exact = type(model)(model.config).double().eval()  # not a deepcopy: tests replace `forward`
+    exact.load_state_dict(model.state_dict())
+    prompt, embed = torch.as_tensor(prompt).cpu(), exact.get_input_embeddings()
+    x = torch.cat([prompt.double() if prompt.is_floating_point() else embed(prompt),
+                   embed(torch.tensor(one[:t], dtype=torch.long))])  # (T, D)
+    logits = exact(inputs_embeds=x[None], use_cache=False).logits[0, -1, :vocab].double()
+    low, high = sorted((one[t], other[t]))
+    assert high < vocab, f"{row}, position {t}: token {high} is beyond the vocabulary"
+    if temperature == 0:
+        distance, near = float(logits.max() - logits[[low, high]].min()), NEAR_LOGITS
+    else:
+        cdf = (logits / temperature).softmax(-1).cumsum(-1)[[low, high - 1]]  # first and last boundary between the two
+        u = float(sampling.uniforms(torch.tensor([key]), t))
+        distance, near = float((cdf - u).abs().max()), NEAR
+    assert distance < near, (f"{row}, position {t}: tokens {one[t]} and {other[t]} at a distance of {distance:.1e}, "
+                             f"and rounding explains {near:.0e}")
+    return t
+
+
+def assert_same_texts(model, prompts, keys, ones, others, **how) -> None:
+    """Samples of every prompt, as `rollout.sample` returns them, from two decodes; log-probabilities are compared up to
+    the first difference."""
+    assert len(prompts) == len(keys) == len(ones) == len(others)
+    for i, (prompt, ks, xs, ys) in enumerate(zip(prompts, keys, ones, others)):
+        assert len(ks) == len(xs) == len(ys)
+        for s, (key, x, y) in enumerate(zip(ks, xs, ys)):
+            n = common_tokens(model, prompt, key, x.ids, y.ids, where=(i, s), **how)
+            assert x.logprobs[:n] == pytest.approx(y.logprobs[:n], abs=1e-4), (i, s)
+            assert x.ids != y.ids or x.finish == y.finish, (i, s)
+
+
+def same_rollouts(one: Path, other: Path) -> bool:
+    """Whether two rollouts.jsonl are the same byte for byte. Where not, a record may differ in its response and what
+    follows from it, from a token on that rounding explains; else raises AssertionError."""
+    if one.read_bytes() == other.read_bytes():
+        return True
+    args = argparse.Namespace(**json.loads((one.parent / "run.json").read_text())["settings"])
+    assert (args.top_k, args.top_p) == (0, 1)  # else the CDF is another one
+    model, _, vocab = common.load_model(args, torch.device("cpu"))
+    ones, others = read(one), read(other)
+    assert [(r["id"], r["sample"]) for r in ones] == [(r["id"], r["sample"]) for r in others]
+    for a, b in zip(ones, others):
+        if a["response_ids"] == b["response_ids"]:
+            assert a == b
+            continue
+        assert a.keys() == b.keys() and all(a[k] == b[k] for k in ("prompt_ids", "answer"))
+        key = rollout.row_key(args.seed, a["id"], a["sample"])
+        common_tokens(model, a["prompt_ids"], key, a["response_ids"], b["response_ids"], vocab, args.temperature,
+                      (a["id"], a["sample"]))
+    return False
+
+
+def assert_same_sampling(one: Path, other: Path, again) -> None:
+    """Two folders of rollout.py or eval.py: the same files, byte for byte if what was drawn is. Otherwise what the
+    stage makes of its own draws: again() runs it once more on `other`, where nothing is left to sample."""
+    def tree(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+                if p.is_file() and p.name != "run.json"}  # which holds when and how it was started
+
+    before = tree(other)
+    assert before.keys() == tree(one).keys()
+    drawn = [name for name in before if Path(name).name == "rollouts.jsonl"]
+    assert drawn
+    equal = [same_rollouts(one / name, other / name) for name in drawn]  # each is compared, whatever the first one says
+    if all(equal):
+        assert before == tree(one)
+        return
+    for name in before.keys() - {*drawn}:
+        (other / name).unlink()
+    again()
+    assert tree(other) == before
+
+
+TRAINED = 1e-5  # NEAR where two runs' weights differ in the last digits too
+
+
+def same_draws(one: Path, other: Path) -> bool:
+    """Whether two training runs with stage(draws=...) drew the same. Raises AssertionError for a first difference that
+    rounding does not explain. Weights change from step to step, so each run's own CDF stands for the float64 one: a
+    wrong mask, position or key changes the token wherever the uniform lies."""
+    noted = [{}, {}]
+    for rows, run in zip(noted, (one, other)):
+        for path in run.parent.glob(f"{run.name}.draws*"):
+            for key, drawn in json.loads(path.read_text()).items():
+                rows[key] = sorted(rows.get(key, []) + drawn)
+    flipped = False
+    for key in noted[0].keys() & noted[1].keys():
+        pairs = (pair for x, y in zip(noted[0][key], noted[1][key]) for pair in enumerate(zip(x[1:], y[1:])))
+        for t, ((a, near_a), (b, near_b)) in pairs:
+            if a != b:
+                assert min(near_a, near_b) < TRAINED, (
+                    f"row {key}, position {t}: tokens {a} and {b} at {near_a:.1e} and {near_b:.1e}")
+                flipped = True
+                break
+    assert noted[0] and (flipped or noted[0].keys() == noted[1].keys())
+    return not flipped

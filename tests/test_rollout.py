@@ -1,11 +1,23 @@
 """rollout.py: sampling against generate() and teacher forcing, random numbers, prompts, resume."""
 import collections
 import json
-from itertools import chain
 
 import pytest
 import torch
-from conftest import TOKENS, args_for, run, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from conftest import (
+    TOKENS,
+    args_for,
+    assert_same_sampling,
+    assert_same_texts,
+    common_tokens,
+    run,
+    same_rollouts,
+    stage,
+    tiny_model,
+    tiny_tokenizer,
+    write_problems,
+    write_verifier,
+)
 
 import common
 import rollout
@@ -14,20 +26,30 @@ import sampling
 PROMPTS = [torch.tensor([5, 9, 30]), torch.tensor([7]), torch.arange(20, 37)]
 
 
+def keys_of(prompts, n=4, seed=0):
+    return [[rollout.row_key(seed, i, s) for s in range(n)] for i in range(len(prompts))]
+
+
 def draw(model, prompts, n=4, limit=12, seed=0, **kw):
-    keys = [[rollout.row_key(seed, i, s) for s in range(n)] for i in range(len(prompts))]
-    return rollout.sample(model, prompts, keys, [limit] * len(prompts), **{"eos": [1], "vocab": TOKENS} | kw)
+    return rollout.sample(model, prompts, keys_of(prompts, n, seed), [limit] * len(prompts),
+                          **{"eos": [1], "vocab": TOKENS} | kw)
+
+
+def assert_generate_agrees(model, prompts, ours, limit, eos):
+    for p, (s,) in zip(prompts, ours):
+        how = {"inputs_embeds": p[None]} if p.is_floating_point() else {"input_ids": p[None]}
+        out = model.generate(**how, attention_mask=torch.ones(1, len(p), dtype=torch.long), do_sample=False,
+                             max_new_tokens=limit, eos_token_id=eos, pad_token_id=1)[0].tolist()
+        out = out if p.is_floating_point() else out[len(p):]
+        common_tokens(model, p, 0, s.ids, out, vocab=160, temperature=0)
+        assert s.finish == ("eos" if s.ids[-1] in eos else "length")
 
 
 @pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
 def test_greedy_tokens_equal_generate(family, tied):
     model = tiny_model(family, tied)
     ours = draw(model, PROMPTS, n=1, limit=40, temperature=0, eos=[1, 60, 61, 62], vocab=160)
-    for p, (s,) in zip(PROMPTS, ours):
-        out = model.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False, max_new_tokens=40,
-                             eos_token_id=[1, 60, 61, 62], pad_token_id=1)[0, len(p):].tolist()
-        assert s.ids == out
-        assert s.finish == ("eos" if out[-1] in (1, 60, 61, 62) else "length")
+    assert_generate_agrees(model, PROMPTS, ours, 40, [1, 60, 61, 62])
 
 
 # --- the queue: slots refilled, rows put back -------------------------------------------------------------------------
@@ -60,9 +82,7 @@ def watched(model, monkeypatch) -> dict:
 def test_greedy_tokens_equal_generate_while_slots_are_refilled(family, tied):
     model = tiny_model(family, tied)
     ours = draw(model, MANY, n=1, limit=90, temperature=0, eos=ENDS, vocab=160, slots=3)
-    for p, (s,) in zip(MANY, ours):
-        assert s.ids == model.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False,
-                                       max_new_tokens=90, eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
+    assert_generate_agrees(model, MANY, ours, 90, ENDS)
 
 
 def test_greedy_tokens_equal_generate_with_a_sliding_window():
@@ -75,9 +95,7 @@ def test_greedy_tokens_equal_generate_with_a_sliding_window():
     settings = {"n": 1, "limit": 40, "temperature": 0, "eos": ENDS, "vocab": 160, "slots": 4}
     ours = draw(windowed, MANY, **settings)
     assert ours != draw(model, MANY, **settings)  # the window matters
-    for p, (s,) in zip(MANY, ours):
-        assert s.ids == windowed.generate(p[None], attention_mask=torch.ones_like(p)[None], do_sample=False,
-                                          max_new_tokens=40, eos_token_id=ENDS, pad_token_id=1)[0, len(p):].tolist()
+    assert_generate_agrees(windowed, MANY, ours, 40, ENDS)
 
 
 def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
@@ -85,22 +103,25 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     keys = [[rollout.row_key(i, s) for s in range(3)] for i in range(len(MANY))]
     limits = [5 + 9 * (i % 7) for i in range(len(MANY))]
 
-    def texts(order, **kw):
+    def check(order, **kw):
         found = rollout.sample(model, [MANY[i] for i in order], [keys[i] for i in order],
                                [limits[i] for i in order], eos=ENDS, vocab=TOKENS, **kw)
-        return {i: [(s.ids, s.finish) for s in x] for i, x in zip(order, found)}
+        found = [found[order.index(i)] for i in ordered]
+        assert_same_texts(model, MANY, keys, expected or found, found)
+        return found
 
     ordered, backwards = list(range(len(MANY))), list(range(len(MANY)))[::-1]
-    expected = texts(ordered)
-    assert {f for x in expected.values() for _, f in x} == {"eos", "length"}
+    expected = None
+    expected = check(ordered)
+    assert {s.finish for x in expected for s in x} == {"eos", "length"}
     for slots in (1, 2, 5, 64):
-        assert texts(backwards if slots == 5 else ordered, slots=slots) == expected
+        check(backwards if slots == 5 else ordered, slots=slots)
     for more in ({}, {"slots": 5}, {"slots": 16, "max_tokens": 350}):  # free slots and unseen columns change nothing
-        assert texts(ordered, fixed=True, **more) == expected
+        check(ordered, fixed=True, **more)
     put_back = []
     for budget in (130, 350, 1500):
         seen = watched(model, monkeypatch)
-        assert texts(ordered, slots=16, max_tokens=budget) == expected
+        check(ordered, slots=16, max_tokens=budget)
         assert max(seen["room"]) <= budget
         put_back.append(seen["prefilled"] - 36)
         monkeypatch.undo()
@@ -115,9 +136,7 @@ def test_fixed_steps_have_one_shape_for_each_buffer_and_the_same_logprobs(family
     watch = lambda *a, **kw: shapes.add(tuple(kw["attention_mask"].shape)) or forward(*a, **kw)
     expected = draw_all()
     monkeypatch.setattr(model, "forward", watch)
-    found = draw_all(fixed=True)
-    for a, b in zip(chain(*expected), chain(*found)):
-        assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert_same_texts(model, MANY, keys, expected, draw_all(fixed=True))
     steps = {s for s in shapes if len(s) == 4}  # prefills have two dimensions
     assert 1 <= len(steps) <= 8 and all(1 <= s[0] <= 6 for s in steps)
 
@@ -127,7 +146,65 @@ def test_cuda_graphs_draw_what_the_usual_steps_draw():
     model, keys = tiny_model("qwen2").cuda(), [[rollout.row_key(i, s) for s in range(2)] for i in range(len(MANY))]
     usual, replayed = (rollout.sample(model, MANY, keys, [40] * len(MANY), eos=ENDS, vocab=TOKENS, slots=6, fixed=fixed)
                        for fixed in (False, True))
-    assert [[s.ids for s in x] for x in usual] == [[s.ids for s in x] for x in replayed]
+    assert_same_texts(model, MANY, keys, usual, replayed)
+
+
+# --- what these comparisons let through, and what not -----------------------------------------------------------------
+def faulty(monkeypatch, model, fault: str) -> None:
+    forward, uniforms, add = model.forward, sampling.uniforms, sampling.Batch.add
+
+    def wrong(*args, **kw):
+        if kw.get("input_ids") is not None and fault == "position":  # a decoding step
+            kw["position_ids"] = kw["position_ids"] + 1
+        return forward(*args, **kw)
+
+    def late(batch, rows, lengths, *rest):
+        return add(batch, rows, [n - 1 if n > 1 else n for n in lengths], *rest)
+
+    def other_key(keys, drawn):  # of rows that were put back
+        return uniforms(torch.where(torch.as_tensor(drawn) > 9, keys + 1, keys), drawn)
+
+    monkeypatch.setattr(model, "forward", wrong)
+    if fault == "mask":  # the first token of a prompt is hidden
+        monkeypatch.setattr(sampling.Batch, "add", late)
+    if fault == "key":
+        monkeypatch.setattr(sampling, "uniforms", other_key)
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["usual", "fixed"])
+@pytest.mark.parametrize("fault", ["none", "mask", "position", "key"])
+def test_a_wrong_mask_position_or_key_is_not_taken_for_rounding(monkeypatch, fault, fixed):
+    model, keys = tiny_model("qwen2"), keys_of(MANY, 2)
+    expected = draw(model, MANY, n=2, limit=30, eos=ENDS)
+    faulty(monkeypatch, model, fault)
+    found = draw(model, MANY, n=2, limit=30, eos=ENDS, slots=7, fixed=fixed)
+    if fault == "none":
+        assert_same_texts(model, MANY, keys, expected, found)
+        return
+    with pytest.raises(AssertionError, match=r"row \(\d+, \d+\), position \d+: tokens .* at a distance of [\d.]+e"):
+        assert_same_texts(model, MANY, keys, expected, found)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_a_draw_may_differ_where_its_uniform_lies_on_a_boundary_and_nowhere_else(family):
+    model, prompt = tiny_model(family, tied=False), PROMPTS[0]
+    with torch.no_grad():
+        cdf = model.double()(prompt[None]).logits[0, -1, :TOKENS].softmax(-1).cumsum(-1)
+    model.float()
+    keys = torch.arange(200_000)
+    distance = (sampling.uniforms(keys, 0).double()[:, None] - cdf).abs()  # (keys, boundaries)
+    for low, high, allowed in [(0, 5e-7, True), (2e-6, 1, False)]:
+        key, token = ((distance > low) & (distance < high))[:, :-1].nonzero()[0].tolist()
+        decodes = [token, 5, 6], [token + 1, 9]  # what follows the difference is not compared
+        if allowed:
+            assert common_tokens(model, prompt, key, *decodes) == 0
+            continue
+        with pytest.raises(AssertionError, match=f"row {key}, position 0: tokens {token} and {token + 1}"):
+            common_tokens(model, prompt, key, *decodes)
+    with pytest.raises(AssertionError, match="position 1"):  # greedy: two tokens that no rounding confuses
+        common_tokens(model, prompt, 0, [7, 5], [7, 6], temperature=0)
+    with pytest.raises(AssertionError, match="the beginning of the other"):
+        common_tokens(model, prompt, 0, [7], [7, 6])
 
 
 def test_logprobs_of_rows_that_were_put_back_equal_teacher_forced_ones(monkeypatch):
@@ -191,28 +268,26 @@ def test_logprobs_equal_teacher_forced_ones(family):
 
 def test_text_does_not_depend_on_batch_neighbours_or_number_of_samples():
     model = tiny_model("qwen2")
-    together = draw(model, PROMPTS, n=8, eos=[1, *range(60, 80)])
-    for i, p in enumerate(PROMPTS):
-        for s in range(8):
-            alone = rollout.sample(model, [p], [[rollout.row_key(0, i, s)]], [12], eos=[1, *range(60, 80)],
-                                   vocab=TOKENS)
-            assert alone[0][0].ids == together[i][s].ids
-    assert draw(model, PROMPTS, n=3)[2][1].ids == draw(model, PROMPTS, n=8)[2][1].ids
+    together, keys = draw(model, PROMPTS, n=8, eos=[1, *range(60, 80)]), keys_of(PROMPTS, 8)
+    alone = [[rollout.sample(model, [p], [[key]], [12], eos=[1, *range(60, 80)], vocab=TOKENS)[0][0] for key in ks]
+             for p, ks in zip(PROMPTS, keys)]
+    assert_same_texts(model, PROMPTS, keys, together, alone)
+    few, many = draw(model, PROMPTS, n=3), [x[:3] for x in draw(model, PROMPTS, n=8)]
+    assert_same_texts(model, PROMPTS, keys_of(PROMPTS, 3), few, many)
     assert draw(model, PROMPTS, seed=1)[0][0].ids != draw(model, PROMPTS, seed=2)[0][0].ids
 
 
 def test_embeddings_as_prompt_equal_their_tokens():
     model = tiny_model("qwen2")
     embeds = [model.get_input_embeddings()(p).detach() for p in PROMPTS]
-    assert [[s.ids for s in x] for x in draw(model, embeds)] == [[s.ids for s in x] for x in draw(model, PROMPTS)]
+    assert_same_texts(model, PROMPTS, keys_of(PROMPTS), draw(model, embeds), draw(model, PROMPTS))
 
 
 def test_greedy_from_embeddings_equals_generate_with_inputs_embeds():
     model = tiny_model("qwen3", tied=False)
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    ours = draw(model, [x], n=1, limit=20, temperature=0, eos=[1], vocab=160)[0][0].ids
-    assert ours == model.generate(inputs_embeds=x[None], attention_mask=torch.ones(1, 9), do_sample=False,
-                                  max_new_tokens=20, eos_token_id=[1], pad_token_id=1)[0].tolist()
+    ours = draw(model, [x], n=1, limit=20, temperature=0, eos=[1], vocab=160)
+    assert_generate_agrees(model, [x], ours, 20, [1])
 
 
 def test_limits_are_per_prompt():
@@ -295,7 +370,7 @@ def test_checkpoint_sampling_settings_are_ignored():
     model = tiny_model("qwen2")
     plain = draw(model, PROMPTS)
     model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
-    assert draw(model, PROMPTS) == plain
+    assert draw(model, PROMPTS) == plain  # the same shapes, and so the same bits
 
 
 # --- prompts and problems ---------------------------------------------------------------------------------------------
@@ -332,10 +407,11 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
     run("rollout.py", *flags, "--out", tmp_path / "a", "--batch-size", 4)
     stage("rollout.py", *flags, "--out", tmp_path / "b", "--batch-size", 64)
     run("rollout.py", *flags, "--out", tmp_path / "c", "--batch-size", 4, "--max-batch-tokens", 300, processes=2)
+    again = lambda out: lambda: stage("rollout.py", *flags, "--out", out)
+    for name in "bc":
+        assert_same_sampling(tmp_path / "a", tmp_path / name, again(tmp_path / name))
     whole = (tmp_path / "a" / "rollouts.jsonl").read_bytes()
     assert whole.count(b"\n") == 30
-    assert (tmp_path / "b" / "rollouts.jsonl").read_bytes() == whole
-    assert (tmp_path / "c" / "rollouts.jsonl").read_bytes() == whole
     # a run killed in mid-write: some whole records, one torn, a foreign rank's part
     lines = whole.splitlines(keepends=True)
     run_dir = tmp_path / "d"
@@ -344,8 +420,7 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
     (run_dir / "rollouts.rank0.part").write_bytes(b"".join(lines[:7]) + lines[7][:20])
     (run_dir / "rollouts.rank3.part").write_bytes(b"".join(lines[20:22]) + lines[22][:9])
     stage("rollout.py", *flags, "--out", run_dir, "--batch-size", 4)
-    for name in ("rollouts.jsonl", "zero_hit.jsonl", "summary.json"):
-        assert (run_dir / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    assert_same_sampling(tmp_path / "a", run_dir, again(run_dir))
     assert not list(run_dir.glob("*.part"))
     # other settings in the same folder are refused
     refused = stage("rollout.py", *flags, "--out", run_dir, "--seed", 1, check=False)
@@ -371,7 +446,7 @@ def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir)
     assert 2 <= calls["0"] < calls["1"]
     summary = json.loads((tmp_path / "b" / "summary.json").read_text())  # rank 0's bar shows the work of both
     assert "24/24 [" in bar and f"pass {summary['pass_rate']:.3f}, zero-hit {summary['zero_hit']}/12]" in bar
-    assert (tmp_path / "a" / "rollouts.jsonl").read_bytes() == (tmp_path / "b" / "rollouts.jsonl").read_bytes()
+    same_rollouts(tmp_path / "a" / "rollouts.jsonl", tmp_path / "b" / "rollouts.jsonl")
 
 
 @pytest.mark.parametrize("point,processes", [(6, 1), (19, 1), (3, 2)])
@@ -387,8 +462,8 @@ def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, 
     (tmp_path / "v.py.log").write_text("")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b")
     assert (tmp_path / "v.py.log").read_text().count("\n") == 20 - len(whole)
-    for name in ("rollouts.jsonl", "zero_hit.jsonl", "summary.json"):
-        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    again = lambda: stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b")
+    assert_same_sampling(tmp_path / "a", tmp_path / "b", again)
 
 
 def test_a_budget_that_cannot_hold_one_response_is_refused(tmp_path, model_dir):

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOKENS, read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from conftest import (
+    ROOT,
+    TOKENS,
+    common_tokens,
+    read,
+    stage,
+    tiny_model,
+    tiny_tokenizer,
+    write_problems,
+    write_verifier,
+)
 
 import common
 import eval as evaluation
@@ -99,7 +109,9 @@ def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(
         keys = [rollout.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
         x = torch.cat([W[record["prompt_ids"]], E])
         samples = rollout.sample(model, [x], [keys], [14 - n], eos=[1], vocab=TOKENS)[0]
-        assert [s.ids for s in samples] == [c["ids"] for c in record["continuations"]]
+        assert len(samples) == len(record["continuations"])
+        for key, s, c in zip(keys, samples, record["continuations"]):
+            common_tokens(model, x, key, s.ids, c["ids"], where=(record["id"], record["sample"]))
         assert record["recovered"] == any(c["reward"] for c in record["continuations"])
         # Sec. 3.5: a trajectory counts when the continuation is right after the soft prefix and after its projection
         tokenizer = tiny_tokenizer()
@@ -160,11 +172,24 @@ def assert_close(a, b, path="", floats=("losses", "gaps")):
 @pytest.mark.parametrize("tokens", [1, 480])
 def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens):
     world.revise(tmp_path / "o", "--batch-tokens", tokens)
-    assert_close(revised(tmp_path / "o"), default[1])
-    assert (tmp_path / "o" / "recovered.jsonl").read_bytes() == (default[0] / "recovered.jsonl").read_bytes()
+    model, found = tiny_model("qwen2"), revised(tmp_path / "o")
+    W, other = model.get_input_embeddings().weight.detach(), set()  # prompts of which a draw fell on the other side
+    mine, theirs = ({(r["id"], r["sample"]): r for r in records} for records in (found, default[1]))
+    for place in mine.keys() & theirs.keys():
+        a, b = mine[place], theirs[place]
+        keys = [rollout.row_key(0, *place, "revised", m) for m in range(M)]
+        x = torch.cat([W[b["prompt_ids"]], revise.soft_prefix(W, b["atoms"], b["weights"])])
+        for key, c, d in zip(keys, a["continuations"], b["continuations"]):
+            common_tokens(model, x, key, c["ids"], d["ids"], where=place)
+        if any(c["ids"] != d["ids"] for c, d in zip(a["continuations"], b["continuations"])):
+            other.add(a["id"])
+    rest = lambda records: [r for r in records if r["id"] not in other]  # whose further attempts may differ as well
+    assert_close(rest(found), rest(default[1]))
+    assert rest(read(tmp_path / "o" / "recovered.jsonl")) == rest(default[2]) and len(other) < 3
 
 
 def assert_same_folder(a, b):
+    """Byte for byte: whichever process and restart, a batch is revised whole, so that shapes are equal."""
     assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
     for p in a.iterdir():
         assert p.name == "run.json" or p.read_bytes() == (b / p.name).read_bytes(), p.name
@@ -204,7 +229,9 @@ def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
         keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
         context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
         samples = rollout.sample(model, [context], [keys], [14 - r["prefix_len"]], eos=[1], vocab=TOKENS)[0]
-        assert [s.ids for s in samples] == [c["ids"] for c in r["continuations"]]
+        assert len(samples) == len(r["continuations"])
+        for key, s, c in zip(keys, samples, r["continuations"]):
+            common_tokens(model, context, key, s.ids, c["ids"], where=(r["id"], r["sample"]))
 
 
 def test_control_scratch_samples_anew_from_the_prompt(tmp_path, world):
