@@ -56,13 +56,7 @@ RECOVERY = {
         "likely only": LIKELY + " --attempts {attempts}"},
     "Other choices (--all)": {
         "losses as means": "--reduction mean",
-        "no special tokens as vertices": "--vertex-rows text",
-        "pairwise": "--direction pairwise",
-        "away": "--direction away",
-        "short step": "--step-rule short",
-        "backtracking, K 5": "--step-rule backtracking --revision-steps 5",
-        "pairwise, backtracking, K 5": "--direction pairwise --step-rule backtracking --revision-steps 5",
-        "cut by surprise": "--rho-rule surprise"}}
+        "no special tokens as vertices": "--vertex-rows text"}}
 
 # arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's
 HARD = {

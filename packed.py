@@ -72,7 +72,7 @@ def pack(batch: list, template: list[int], weights: tuple[float, float, float], 
 
     ids, positions (B, S); mask (B, 1, A, S); prefix (N,) flat slots of the E_r rows in B*S; and per target: source (M,)
     flat slot of the hidden state that predicts it, target (M,), owner (M,) rollout, term (M,) 0 explore 1 guide 2 nll,
-    coef (M,) its weight in the total loss of cross-entropies; scale (B, 3) that of the losses in L_total.
+    coef (M,) its weight in the total loss of cross-entropies.
     """
     T = max(len(f.q) + len(f.r) + len(f.c) for f in batch)
     A = max(len(template) + len(f.gold) for f in batch)
@@ -81,7 +81,7 @@ def pack(batch: list, template: list[int], weights: tuple[float, float, float], 
     positions = torch.zeros(len(batch), S, dtype=torch.long)
     mask = torch.zeros(len(batch), 1, A, S, dtype=torch.bool)
     mask[..., T:] = torch.ones(A, A, dtype=torch.bool).tril()  # padded branch rows see themselves: no empty softmax
-    prefix, targets, scale = [], [], []
+    prefix, targets = [], []
     for b, f in enumerate(batch):
         cut, end = len(f.q) + len(f.r), len(f.q) + len(f.r) + len(f.c)
         branch = template + f.gold
@@ -96,26 +96,25 @@ def pack(batch: list, template: list[int], weights: tuple[float, float, float], 
         explore = [(s - 1, s, 0) for s in range(cut, end)]
         guide = [(s - 1 if s > T else cut - 1, s, 1) for s in range(T + len(template), T + len(branch))]
         # denominator with --reduction mean: the term's tokens
-        scale.append([w / (len(tokens) if mean else 1) for w, tokens in zip(weights, (explore, guide, nll))])
+        scale = [w / (len(tokens) if mean else 1) for w, tokens in zip(weights, (explore, guide, nll))]
         for source, s, term in explore + guide + nll:
             # L_explore is +log p, minus a cross-entropy: Eq. (2)
-            targets.append((b * S + source, int(ids[b, s]), b, term, (-1, 1, 1)[term] * scale[b][term]))
+            targets.append((b * S + source, int(ids[b, s]), b, term, (-1, 1, 1)[term] * scale[term]))
     source, target, owner, term, coef = zip(*targets)
     packed = {"ids": ids, "positions": positions, "mask": mask, "prefix": torch.tensor(prefix),
               "source": torch.tensor(source), "target": torch.tensor(target), "owner": torch.tensor(owner),
-              "term": torch.tensor(term), "coef": torch.tensor(coef), "scale": torch.tensor(scale)}
+              "term": torch.tensor(term), "coef": torch.tensor(coef)}
     return {k: v.to(device) for k, v in packed.items()}
 
 
-def losses_and_gradient(model, packed: dict[str, Tensor], E: Tensor, head_rows: int = HEAD_ROWS,
-                        gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+def losses_and_gradient(model, packed: dict[str, Tensor], E: Tensor, head_rows: int = HEAD_ROWS
+                        ) -> tuple[Tensor, Tensor]:
     """L_explore, L_guide, L_NLL of every rollout (B, 3), Eqs. (2)-(4), and G = grad_E L_total (N, D), Eqs. (5)-(6).
 
     E (N, D) float32: the soft prefixes of the batch, one after the other. Call inside `frozen(model)`. The head runs in
     chunks of rows, each turned into the gradient of its hidden states at once, so rows x V logits never exist.
-    gradient=False gives the losses alone, and None.
     """
-    E = E.detach().requires_grad_(gradient)
+    E = E.detach().requires_grad_()
     x = model.get_input_embeddings()(packed["ids"])  # (B, S, D)
     B, S, D = x.shape
     x = x.reshape(B * S, D).index_copy(0, packed["prefix"], E.to(x.dtype)).reshape(B, S, D)
@@ -125,17 +124,14 @@ def losses_and_gradient(model, packed: dict[str, Tensor], E: Tensor, head_rows: 
     dh, ce = torch.empty_like(h), torch.empty(len(h), device=h.device)
     for s in range(0, len(h), head_rows):
         rows = slice(s, s + head_rows)
-        chunk = h[rows].requires_grad_(gradient)
+        chunk = h[rows].requires_grad_()
         logits = model.get_output_embeddings()(chunk).float()  # (rows, V)
         ce_rows = F.cross_entropy(logits, packed["target"][rows], reduction="none")
-        if gradient:
-            dh[rows], = torch.autograd.grad((packed["coef"][rows] * ce_rows).sum(), chunk)
+        dh[rows], = torch.autograd.grad((packed["coef"][rows] * ce_rows).sum(), chunk)
         ce[rows] = ce_rows.detach()
     sign = torch.tensor([-1.0, 1.0, 1.0], device=h.device)
     losses = torch.zeros(B, 3, device=h.device).index_put_(
         (packed["owner"], packed["term"]), ce, accumulate=True) * sign
-    if not gradient:
-        return losses, None
     dhidden = torch.zeros_like(hidden).index_add_(0, packed["source"], dh)
     G, = torch.autograd.grad(hidden, E, dhidden)
     return losses, G

@@ -15,7 +15,7 @@ ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-
         "GRPO+LatentRevise, likely only": (0, (1, 4))}
 VARIANTS = ("LatentRevise", "permuted gold", "random vertices", "hard prefix", "fresh sampling",
             "fresh sampling, equal compute", tables.ADAM, "no L_guide", "no L_explore", "no L_NLL", "rho 0.5",
-            "rho 0.2", "K 5", "K 20", "gamma0 0.3", "backtracking, K 5", "likely only")
+            "rho 0.2", "K 5", "K 20", "gamma0 0.3", "likely only")
 
 
 def load(out: Path):

@@ -66,8 +66,6 @@ class Failure:
     gaps: list[float] = field(default_factory=list)  # Frank-Wolfe duality gap before each step
     passes: int = 0  # forward passes that its revision took
 
-    before: tuple[Tensor, Tensor] | None = None  # E_r and G of the step before, for --step-rule short
-
     def __post_init__(self):
         self.atoms = self.atoms or [torch.tensor(self.r, dtype=torch.long)]
 
@@ -136,53 +134,34 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
                         "pass is full attention")
     W = model.get_input_embeddings().weight.detach()
     weights = (args.explore_weight, args.alpha_guide, args.beta_nll)
-    plain = args.direction == "frank-wolfe" and args.step_rule == "diminishing"
     soft = [soft_prefix(W, f.atoms, f.weights) for f in batch]
     moments = [(torch.zeros_like(E), torch.zeros_like(E)) for E in soft] if args.optimizer == "adam" else None
     kept = [{0: E} if 0 in keep else {} for E in soft]
     active, tensors = list(range(len(batch))), None
 
-    def total(trial: dict[int, tuple], losses: Tensor | None = None) -> dict[int, float]:
-        """L_total of every active rollout, Eq. (5): from its losses,
-        or in a forward pass at trial's (atoms, weights)."""
-        if losses is None:
-            E = torch.cat([soft_prefix(W, *trial[b]) if b in trial else soft[b] for b in active])
-            losses, _ = packed.losses_and_gradient(model, tensors, E, gradient=False)
-        return dict(zip(active, (tensors["scale"] * losses).sum(-1).tolist()))
-
     with packed.frozen(model, args.checkpoint_activations):
         for i in range(1, args.revision_steps + 1):  # Alg. 1, for i = 1..K
-            if tensors is None:
-                tensors = packed.pack([batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
-            sizes = [len(batch[b].r) for b in active]
             if args.vertices == "random":  # noise needs no gradient, and so no pass: no losses, no gap, no early stop
-                for b in active:
-                    batch[b].move(controls.random_vertices(batch[b], i, allowed, args.seed), args.gamma0 * 2 / (i + 1))
-                    soft[b] = soft_prefix(W, batch[b].atoms, batch[b].weights)
-                    if i in keep:
-                        kept[b][i] = soft[b]
-                continue
-            losses, G = packed.losses_and_gradient(model, tensors, torch.cat([soft[b] for b in active]))
-            moving = {}
-            for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), oracle(G, W, allowed).split(sizes)):
-                f = batch[b]
-                f.losses.append(loss)
-                f.passes += 1
-                if loss[1] < args.eps_stop:  # Alg. 1: stop if L_guide < eps, before the step
-                    continue
-                # <G, E - V*>: never negative in the hull, 0 where stationary
-                f.gaps.append(float((g * (soft[b] - W[v].float())).sum()))
-                moving[b] = g, v
-            if moments is not None:
-                for b, (g, _) in moving.items():
-                    soft[b] = controls.adam_step(soft[b], g, moments[b], i, args.adam_lr)
-            elif plain:
-                for b, (_, v) in moving.items():
-                    batch[b].move(v, args.gamma0 * 2 / (i + 1))  # Eq. (7); 2/(i+1) is the classical step of Frank-Wolfe
+                moving = {b: (None, controls.random_vertices(batch[b], i, allowed, args.seed)) for b in active}
             else:
-                controls.take_steps(i, batch, soft, moving, W, args, total({}, losses), total)
-            for b in moving:
-                if moments is None:
+                if tensors is None:
+                    tensors = packed.pack(
+                        [batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
+                losses, G = packed.losses_and_gradient(model, tensors, torch.cat([soft[b] for b in active]))
+                sizes = [len(batch[b].r) for b in active]
+                moving = {}
+                for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), oracle(G, W, allowed).split(sizes)):
+                    batch[b].losses.append(loss)
+                    batch[b].passes += 1
+                    if loss[1] >= args.eps_stop:  # Alg. 1: stop if L_guide < eps, before the step
+                        # <G, E - V*>: never negative in the hull, 0 where stationary
+                        batch[b].gaps.append(float((g * (soft[b] - W[v].float())).sum()))
+                        moving[b] = g, v
+            for b, (g, v) in moving.items():
+                if moments is not None:
+                    soft[b] = controls.adam_step(soft[b], g, moments[b], i, args.adam_lr)
+                else:
+                    batch[b].move(v, args.gamma0 * 2 / (i + 1))  # Eq. (7); 2/(i+1) is Frank-Wolfe's classical step
                     soft[b] = soft_prefix(W, batch[b].atoms, batch[b].weights)
                 if i in keep:
                     kept[b][i] = soft[b]
@@ -222,10 +201,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     W = model.get_input_embeddings().weight.detach()
     allowed = allowed_rows(tokenizer, vocab, len(W), args.vertex_rows).to(W.device)
     batch = []
-    if args.rho_rule == "surprise" and args.start != "scratch":
-        cuts = controls.surprise_cuts(model, rollouts)
-    else:
-        cuts = [0 if args.start == "scratch" else cut(r["response_ids"], args.rho) for r in rollouts]
+    cuts = [0 if args.start == "scratch" else cut(r["response_ids"], args.rho) for r in rollouts]
     for r, n in zip(rollouts, cuts):
         template, gold = answer_ids(tokenizer, args.template, r.get("guide_answer", r["answer"]))
         batch.append(Failure(r["id"], r["sample"], r["prompt_ids"], r["response_ids"][:n], r["response_ids"][n:], gold))
@@ -276,7 +252,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         records.append({
             "id": f.id, "sample": f.sample, "answer": r["answer"], "prefix_len": len(f.r),
             "recovered": any(c["reward"] for c in continuations), "losses": f.losses, "gaps": f.gaps,
-            "gammas": f.gammas, "passes": f.passes + (args.rho_rule == "surprise" and args.start != "scratch"),
+            "gammas": f.gammas, "passes": f.passes,
             "kept": same / len(f.r) if f.r else 1.0,  # denominator: prefix tokens
             "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected,
             "atoms": [v.tolist() for v in f.atoms], "weights": f.weights,
@@ -383,8 +359,6 @@ def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
     where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
     rollout.check_ids(r, vocab, where)
     n = cut(r["response_ids"], args.rho)
-    if args.rho_rule == "surprise":  # the latest that its cut can be
-        n = int(controls.SHARES[1] * len(r["response_ids"]))
     most = min(len(r["prompt_ids"]) + args.max_new_tokens, context)
     if 0 < args.max_batch_tokens < most:
         raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: {where[12:]} and its longest continuation "
@@ -429,11 +403,8 @@ def check_revision_args(args: argparse.Namespace) -> None:
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
-    if args.optimizer == "adam" and (
-            args.direction, args.step_rule, args.vertices) != ("frank-wolfe", "diminishing", "oracle"):
-        raise UserError("--optimizer adam has no --direction, --step-rule or --vertices: those are of Frank-Wolfe")
-    if args.vertices == "random" and (args.direction, args.step_rule) != ("frank-wolfe", "diminishing"):
-        raise UserError("--vertices random has no --direction or --step-rule: those go by the gradient")
+    if args.optimizer == "adam" and args.vertices == "random":
+        raise UserError("--optimizer adam has no --vertices: those are of Frank-Wolfe")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 
     python train_sft.py --model toy_model --data out/revised/recovered.jsonl --out out/sft --steps 60
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --data recovered.jsonl --out out/sft
-    python train_sft.py --model toy_model --data rollouts.jsonl --mix recovered.jsonl --mix-ratio 0.5 --out out/mixed
 
 Reads   rows with `prompt_ids` and `response_ids` (rollouts.jsonl, recovered.jsonl; rows with `reward` 0 are left out),
         or plain rows with `problem` and `response`, which go through the prompt template of rollout.py.
@@ -11,8 +10,7 @@ Writes  metrics.jsonl, checkpoints to resume from (the same command continues), 
 
 Loss: cross-entropy on response tokens (end-of-sequence included, prompt masked out), averaged over the response tokens
 of the whole optimizer step: all micro-batches and all processes. Neither changes a gradient.
---mix: a second source with a fixed share of every step's rows (of rows, not of tokens), each source in an order of its
-own. Micro-batches, the optimizer step and checkpoints are in training.py, shared with train_grpo.py.
+Micro-batches, the optimizer step and checkpoints are in training.py, shared with train_grpo.py.
 Differs from the paper: it gives no number of SFT steps or epochs; --steps is ours.
 """
 import argparse
@@ -57,32 +55,12 @@ def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> l
     return rows
 
 
-def draw_step(rows: list, mixed: list, step: int, args: argparse.Namespace) -> list:
-    """The --batch-size rows of a step, counted from 1: first those of --data, then those of --mix.
-
-    A function of (seed, step): after s steps round(s * batch size * ratio) rows of --mix have been drawn, so a share
-    that is no whole number of rows is exact over several steps. Each source has an epoch permutation of its own.
-    """
-    sources = []
-    before, after = ((step - 1) * args.batch_size, step * args.batch_size)
-    mix = [round(n * args.mix_ratio) if mixed else 0 for n in (before, after)]
-    for source, (start, end), seed in ((rows, (before - mix[0], after - mix[1]), args.seed),
-                                       (mixed, mix, rollout.row_key(args.seed, "mix"))):
-        if end > start:
-            sources += [source[i] for i in training.draw_rows(len(source), start, end - start, seed)]
-    return sources
-
-
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_args(parser)
     parser.add_argument("--data", required=True, nargs="+", help="[ours] trajectories, JSONL; several files are joined")
     parser.add_argument("--out", required=True, help="[ours] output folder")
     parser.add_argument("--batch-size", type=int, default=512, help="[Table 7] trajectories per optimizer step")
-    parser.add_argument("--mix", nargs="+", default=[],
-                        help="[ours] trajectories to mix in: recovered ones among others")
-    parser.add_argument("--mix-ratio", type=float, default=0.5,
-                        help="[ours] share of each step's rows drawn from --mix")
     parser.add_argument("--seed", type=int, default=0, help="[ours] of the data order")
     parser.add_argument("--instruction", default=rollout.INSTRUCTION,
                         help="[ours] for rows with `problem`; '' for none")
@@ -94,18 +72,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     training.check_training_args(args)
-    if not 0 <= args.mix_ratio <= 1:
-        raise UserError(f"--mix-ratio {args.mix_ratio} is out of range")
     device = common.pick_device(args)
     out = common.start_run(args.out, args, training.FREE,
-                           data_digest=[common.file_digest(p) for p in args.data + args.mix])
+                           data_digest=[common.file_digest(p) for p in args.data])
     if checkpoints.trained(out, args.steps):
         if common.rank() == 0:
             print(f"{out / 'model'} is trained already")
         return
     model, tokenizer, _ = training.load_model(args, device, train=True)
     rows = read_rows(args.data, model, tokenizer, args)
-    mixed = [r | {"mixed": True} for r in read_rows(args.mix, model, tokenizer, args)] if args.mix else []
     optimizer = training.make_optimizer(model, args)
     state = checkpoints.load(out, model, optimizer)
     checkpoints.check_steps(args.steps, state)
@@ -113,7 +88,8 @@ def main(args: argparse.Namespace) -> None:
     for step in tqdm(range(state["step"] + 1, args.steps + 1), desc="sft", unit="step", initial=state["step"],
                      total=args.steps, disable=common.rank() > 0):
         start = time.time()
-        batch = draw_step(rows, mixed, step, args)
+        first = (step - 1) * args.batch_size
+        batch = [rows[i] for i in training.draw_rows(len(rows), first, args.batch_size, args.seed)]
         lengths = [len(r["response_ids"]) for r in batch]
         tokens = sum(lengths)  # of all processes, before any forward
         mine = batch[common.rank()::common.world_size()]
@@ -129,14 +105,13 @@ def main(args: argparse.Namespace) -> None:
         seconds = time.time() - start
         log({"step": step, "loss": training.total(loss_sum), "entropy": training.total(entropy_sum) / tokens,
              "grad_norm": norm, "tokens": tokens, "length_mean": tokens / len(batch), "length_max": max(lengths),
-             "mixed_tokens": sum(n for n, r in zip(lengths, batch) if r.get("mixed")) / tokens,
              "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": round(tokens / seconds, 1),
              "memory_gb": training.peak_memory(device), "seconds": round(seconds, 3)})
         if args.save_every and step % args.save_every == 0 and step < args.steps:
             checkpoints.save(out, step, model, tokenizer, optimizer, {})
     checkpoints.finish(out, model, tokenizer)
     if common.rank() == 0:
-        print(f"{len(rows) + len(mixed)} trajectories, {args.steps} steps; model in {out / 'model'}")
+        print(f"{len(rows)} trajectories, {args.steps} steps; model in {out / 'model'}")
 
 
 if __name__ == "__main__":

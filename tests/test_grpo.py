@@ -1,6 +1,4 @@
-"""train_grpo.py's other algorithms and what a training run reports, and train_sft.py --mix,
-against hand computations."""
-import argparse
+"""train_grpo.py's other algorithms and what a training run reports, against hand computations."""
 import math
 import re
 import sys
@@ -502,52 +500,3 @@ def test_steps_lowered_to_the_checkpoint_gives_the_model_of_that_step(tmp_path, 
     stage("train_sft.py", *flags, "--steps", 2, "--out", tmp_path / "o")
     assert ((tmp_path / "two/model/model.safetensors").read_bytes()
             == (tmp_path / "o/model/model.safetensors").read_bytes())
-
-
-# --- train_sft.py --mix -----------------------------------------------------------------------------------------------
-def draw(rows, mixed, steps, size, ratio, seed=0):
-    args = argparse.Namespace(batch_size=size, mix_ratio=ratio, seed=seed)
-    return [train_sft.draw_step(rows, mixed, step, args) for step in range(1, steps + 1)]
-
-
-@pytest.mark.parametrize("size,ratio", [
-    (8, 0.5), (10, 0.3), (3, 0.5), (4, 0.1), (1, 0.25), (5, 0), (5, 1), (100, 0.29)])
-def test_mix_has_its_share_of_every_step_and_exactly_over_steps(size, ratio):
-    batches = draw([f"d{i}" for i in range(7)], [f"m{i}" for i in range(4)], 40, size, ratio)
-    counts = [sum(r[0] == "m" for r in b) for b in batches]
-    assert all(len(b) == size for b in batches)
-    assert all(abs(c - size * ratio) < 1 + 1e-9 for c in counts)
-    assert sum(counts) == round(40 * size * ratio)
-    assert len(set(counts)) == 1 or abs(size * ratio - round(size * ratio)) > 1e-9  # a whole number is in every step
-
-
-def test_mix_visits_each_source_once_an_epoch_in_an_order_of_its_own():
-    rows, mixed = [f"d{i}" for i in range(6)], [f"m{i}" for i in range(6)]
-    drawn = [r for b in draw(rows, mixed, 6, 4, 0.5) for r in b]
-    for source in (rows, mixed):
-        mine = [r for r in drawn if r in source]
-        assert [sorted(mine[i:i + 6]) for i in (0, 6)] == [source, source]
-    assert [r[1] for r in drawn if r in rows] != [r[1] for r in drawn if r in mixed]
-    assert draw(rows, mixed, 6, 4, 0.5) == draw(rows, mixed, 6, 4, 0.5)  # a function of (seed, step)
-    assert draw(rows, mixed, 6, 4, 0.5, seed=1) != draw(rows, mixed, 6, 4, 0.5)
-
-
-def test_mix_off_draws_what_was_drawn_before_there_was_one():
-    rows = list(range(7))
-    assert draw(rows, [], 5, 3, 0.5) == [[rows[i] for i in training.draw_rows(7, 3 * s, 3, 0)] for s in range(5)]
-
-
-def test_mix_trains_on_both_files_and_says_how_much(tmp_path, model_dir):
-    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for file, size in zip(files, (2, 6)):
-        file.write_text("".join(common.to_line({"prompt_ids": [5, i], "response_ids": [9] * size})
-                                for i in range(7, 12)))
-    flags = ["--model", model_dir, "--data", files[0], "--device", "cpu", "--batch-size", 4, "--steps", 2]
-    for name, extra in {"mix": ["--mix", files[1], "--mix-ratio", 0.25], "plain": []}.items():
-        train_sft.main(train_sft.get_args(list(map(str, [*flags, *extra, "--out", tmp_path / name]))))
-    for m in read(tmp_path / "mix" / "metrics.jsonl"):
-        assert m["tokens"] == 3 * 2 + 6 and m["mixed_tokens"] == 0.5
-        assert m["length_mean"] == 3 and m["length_max"] == 6 and m["lr"] == 1e-5
-    assert all(m["tokens"] == 8 and m["mixed_tokens"] == 0 for m in read(tmp_path / "plain" / "metrics.jsonl"))
-    with pytest.raises(common.UserError, match="--mix-ratio 1.5 is out of range"):
-        train_sft.main(train_sft.get_args(list(map(str, [*flags, "--mix-ratio", 1.5, "--out", tmp_path / "x"]))))
