@@ -5,14 +5,14 @@ BIN := .venv/bin
 .PHONY: demo test lint evidence clean
 
 demo: .venv/.demo
-	$(BIN)/python demo.py $(if $(QUICK),--quick)
+	$(BIN)/python -m experiments.demo $(if $(QUICK),--quick)
 
 test: .venv/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -q
 
 evidence: .venv/.dev
-	$(BIN)/python evidence.py
+	$(BIN)/python -m experiments.evidence
 
 lint: .venv/.dev
 	$(BIN)/python -m ruff check .

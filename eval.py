@@ -1,6 +1,6 @@
 """pass@k of one or several models on one or several problem sets, in one table (paper Sec. 4.1, Table 1).
 
-    python eval.py --model toy_model out/sft/model --data test_hard.jsonl -n 32 --k 1 32 --out out/eval
+    python eval.py --model toy/sums_model out/sft/model --data test_hard.jsonl -n 32 --k 1 32 --out out/eval
     torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks math500,amc23 --out out/eval
 
 Reads   problems as rollout.py does (--data), and the paper's six test sets by name (--benchmarks, see benchmarks.py).
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-import benchmarks
-import common
 import rollout
-from common import UserError
+from helpers import benchmarks, common
+from helpers.common import UserError
 
 BOOTSTRAP = 10_000  # resamples
 

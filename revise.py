@@ -1,9 +1,9 @@
 """Revise failed rollouts of zero-hit prompts in embedding space and keep what the verifier accepts
 (paper Sec. 3, Alg. 1).
 
-    python revise.py --model toy_model --rollouts out/rollouts --out out/revised
+    python revise.py --model toy/sums_model --rollouts out/rollouts --out out/revised
     torchrun --nproc-per-node 8 revise.py --model Qwen/Qwen2.5-1.5B-Instruct --rollouts out/rollouts --out out/revised
-    python revise.py show out/revised/revised.jsonl --id X     what happened to one prefix (show.py)
+    python -m experiments.show out/revised/revised.jsonl --id X     what happened to one prefix
 
 A failed rollout [r; c] is cut after a share rho of its tokens. With the model frozen, K Frank-Wolfe steps move the
 input embeddings E_r of the prefix inside conv(W), the hull of the vocabulary embeddings: away from the failed
@@ -26,7 +26,6 @@ import functools
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,11 +36,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import common
-import controls
-import packed
 import rollout
-from common import UserError
+from helpers import common, controls, packed
+from helpers.common import UserError
 
 # Dimension key: B rollouts, Q prompt, R prefix, N = sum of R over the batch, V vocabulary rows, D model width
 
@@ -493,8 +490,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["show"]:
-        import show
-        common.run_script(lambda: show.get_args(sys.argv[2:]), show.main)
-    else:
-        common.run_script(get_args, main)
+    common.run_script(get_args, main)

@@ -1,6 +1,6 @@
 """Sample N responses to every problem, verify them, and find the zero-hit prompts (paper Sec. 3.1 and 4.1, dapo-hard).
 
-    python rollout.py --model toy_model --data problems.jsonl -n 32 --out out/rollouts
+    python rollout.py --model toy/sums_model --data problems.jsonl -n 32 --out out/rollouts
     torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl -n 32 --out out/rollouts
 
 Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names through flags.
@@ -32,11 +32,11 @@ import torch
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-import common
-from common import UserError
+from helpers import common
+from helpers.common import UserError
 
 # What is not used here is for callers
-from sampling import Row, Sample, decode, draw, filter_logits, new_cache, row_key, sample, uniforms  # noqa: F401
+from helpers.sampling import Row, Sample, decode, draw, filter_logits, new_cache, row_key, sample, uniforms  # noqa: F401
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN = "Question: {problem}\n{instruction}\nAnswer:"

@@ -1,6 +1,6 @@
 """GRPO on verifiable rewards, with zero-hit groups rescued by LatentRevise: --revise (Sec. 3.6, Tables 1 and 2).
 
-    python train_grpo.py --model toy_model --data hard.jsonl --out out/grpo --revise --steps 60
+    python train_grpo.py --model toy/sums_model --data hard.jsonl --out out/grpo --revise --steps 60
     torchrun --nproc-per-node 8 train_grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl --out out/a --revise
 
 Each step: sample a group of N responses per prompt, verify, revise a failed response of every group without a hit and
@@ -57,13 +57,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoints
-import common
 import eval as evaluation
 import revise
 import rollout
-import training
-from common import UserError
+from helpers import checkpoints, common, training
+from helpers.common import UserError
 
 # Dimension key: G group, M response tokens of a micro-batch
 

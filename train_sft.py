@@ -1,7 +1,7 @@
 """Supervised fine-tuning on trajectories: SFT+LatentRevise on recovered ones, RFT on any others
 (paper Sec. 3.6, Table 1).
 
-    python train_sft.py --model toy_model --data out/revised/recovered.jsonl --out out/sft --steps 60
+    python train_sft.py --model toy/sums_model --data out/revised/recovered.jsonl --out out/sft --steps 60
     torchrun --nproc-per-node 8 train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --data recovered.jsonl --out out/sft
 
 Reads   rows with `prompt_ids` and `response_ids` (rollouts.jsonl, recovered.jsonl; rows with `reward` 0 are left out),
@@ -18,11 +18,9 @@ import time
 
 from tqdm import tqdm
 
-import checkpoints
-import common
 import rollout
-import training
-from common import UserError
+from helpers import checkpoints, common, training
+from helpers.common import UserError
 
 
 def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> list[dict]:

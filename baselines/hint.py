@@ -1,10 +1,10 @@
 """Two rivals of the revision that need no gradient: sample from another prompt, keep what is right,
 and train on it as if it had been drawn from the plain one.
 
-    python -m baselines.hint --model toy_model --data out/rollouts/zero_hit.jsonl --out out/hint
+    python -m baselines.hint --model toy/sums_model --data out/rollouts/zero_hit.jsonl --out out/hint
     torchrun --nproc-per-node 8 -m baselines.hint --model Qwen/Qwen2.5-1.5B-Instruct \\
         --data out/rollouts/zero_hit.jsonl --out out/hint
-    python -m baselines.hint --from perturbed --model toy_model --data zero_hit.jsonl --out out/lope
+    python -m baselines.hint --from perturbed --model toy/sums_model --data zero_hit.jsonl --out out/lope
 
 --from hint       the prompt tells the gold answer, as L_guide of the revision does: rationalisation
                   (STaR, Zelikman et al. 2022, arXiv 2203.14465, Sec. 3.2)
@@ -22,10 +22,9 @@ import argparse
 import json
 import random
 
-import common
-import controls
 import rollout
-from common import UserError
+from helpers import common, controls
+from helpers.common import UserError
 
 HINT = "The correct answer is {answer}. Knowing it, solve the problem in your own way, step by step."
 LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do", "eiusmod",

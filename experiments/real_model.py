@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-import common
 import revise
-from common import UserError
 from eval import wilson_interval
+from helpers import common
+from helpers.common import UserError
 
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 EQUATION = re.compile(rf"({NUMBER})\s*([-+*/])\s*({NUMBER})\s*=\s*({NUMBER})")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 1, Qwen3-8B-Base trained on dapo-hard. 8 GPUs. Status: not run (README.md).
 #   DATA=dapo.jsonl bash recipes/qwen3-8b-hard.sh
-# Memory (computed, `python bench.py memory`): train_grpo is sharded over the 8 processes; each holds 18.4 GB of weights,
+# Memory (computed, `python -m experiments.bench memory`): train_grpo is sharded over the 8 processes; each holds 18.4 GB of weights,
 # gradients, moments and reference, 16.4 GB of the copy that samples, up to 14.0 GB gathered and 8.9 GB of activations, 58 GB in
 # all (train_sft: 37 GB), while it updates. rollout, revise, eval and the sampling of train_grpo are not sharded: 16.4 GB (train_grpo: beside the
 # 18.4) and the KV cache, 147 KB a token: --max-batch-tokens 200000 are 29 GB. Each process loads the whole model in host memory first: 33 GB.

@@ -32,9 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-import common
 import rollout
-import sampling
+from helpers import common, sampling
 
 ROWS, TOKENS = 160, 150  # embedding rows, tokenizer ids: ids 150..159 have a row and no token
 SHAPE = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

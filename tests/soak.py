@@ -23,7 +23,7 @@ from pathlib import Path
 from conftest import ROOT, assert_same_sampling, read, tiny_model, tiny_tokenizer
 from test_faults import STAGES, World, files
 
-import toy
+from toy import sums as toy
 
 SETTLE = 60  # seconds for a group to notice that one of its ranks is gone, and to end
 
@@ -94,9 +94,9 @@ def usage(pid: int) -> tuple[int, int]:
 def long(args: argparse.Namespace, path: Path) -> bool:
     """GRPO with revision on the toy model, under torchrun, watched from outside."""
     python, out = [sys.executable], path / "grpo"
-    subprocess.run([*python, "toy.py", "data", "--out", str(path / "data")], cwd=ROOT, check=True)
+    subprocess.run([*python, "-m", "toy.sums", "data", "--out", str(path / "data")], cwd=ROOT, check=True)
     command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py",
-               "--model", "toy_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise",
+               "--model", "toy/sums_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise",
                "--device", "cpu", "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4",
                "--max-new-tokens", "96", "--instruction", "", "--template", toy.TEMPLATE, "--save-every", "20",
                "--lr", "1e-4"]

@@ -4,9 +4,9 @@ import json
 import pytest
 from conftest import PARITY, read, write_problems, write_verifier
 
-import common
 import rollout
 from baselines import hint
+from helpers import common
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """controls.py against the definitions."""
 import pytest
 
-import controls
 import revise
+from helpers import controls
 
 
 def test_permuted_answers_are_always_anothers():

@@ -11,14 +11,12 @@ import torch
 from conftest import read, write_problems, write_verifier
 from torch.overrides import TorchFunctionMode
 
-import common
 import eval as evaluation
 import revise
 import rollout
-import sampling
 import train_grpo
 import train_sft
-import training
+from helpers import common, sampling, training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"

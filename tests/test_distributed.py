@@ -22,12 +22,10 @@ from test_train import (
 )
 from transformers import AutoModelForCausalLM
 
-import checkpoints
-import common
 import train_sft
-import training
-from benches import memory, tools
-from common import UserError
+from experiments.benches import memory, tools
+from helpers import checkpoints, common, training
+from helpers.common import UserError
 
 
 # --- functions on several processes -----------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ import pytest
 import test_stages
 from conftest import assert_same_sampling, read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
 
-import benchmarks
-import common
 import eval as evaluation
+from helpers import benchmarks, common
 
 
 @pytest.mark.parametrize("n", range(1, 9))

@@ -11,16 +11,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import common
-import demo
-import evidence
-import plot
 import revise
-import tables
-import toy
-from benches import hours
-from common import UserError, to_line
 from eval import wilson_interval
+from experiments import demo, evidence, plot, tables
+from experiments.benches import hours
+from helpers import common
+from helpers.common import UserError, to_line
+from toy import sums as toy
 
 TOKENIZER = toy.build_tokenizer(toy)
 PROBLEMS = {"hard-0": ("17+5?", "22"), "hard-1": ("28+4?", "32"), "hard-2": ("19+9+1?", "29"),
@@ -166,7 +163,7 @@ def train_arm(base, arm: str, folder: str, model: str, hits: list[int], **metric
 
 
 def test_training_table_is_made_of_samples_and_logs(base):
-    train_arm(base, "base", "hard", "toy_model", [0, 0])
+    train_arm(base, "base", "hard", "toy/sums_model", [0, 0])
     train_arm(base, "GRPO N=8", "hard", "grpo-n-8-model", [32, 0], seconds_sample=1.0, seconds_update=2.0,
               memory_gb=0.5)
     train_arm(base, "RFT", "hard", "rft-model", [16, 1], seconds=6.0, memory_gb=0.7)
@@ -198,7 +195,7 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     commands = []
     monkeypatch.setattr(demo, "run", lambda out, *found, processes=1: commands.extend(found))
     write(base / "rft-samples" / "rollouts.jsonl", [{"id": "hard-0", "reward": 1}])
-    world = toy, base.parent, {base: (0, "toy_model")}, evidence.FULL
+    world = toy, base.parent, {base: (0, "toy/sums_model")}, evidence.FULL
     evidence.prepare(*world)
     for stage in (evidence.recover, evidence.train):
         few = len(commands)
@@ -210,7 +207,7 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     assert len(commands) > 60
     parsed = []
     for command in commands:
-        script, *argv = shlex.split(command)
+        script, *argv = shlex.split(command.removeprefix("-m "))
         parsed.append((script, importlib.import_module(script.removesuffix(".py")).get_args(argv)))
     hints = {a.opsd_hint for s, a in parsed if s == "train_grpo.py" and a.algo == "opsd"}
     assert {h.replace("{answer}", "72") for h in hints} == {" So the answer is \\boxed{72}. Check your work."}
@@ -225,7 +222,7 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
 
 def complete(base) -> None:
     """What evidence.py has written about a base model when it is done, but for the arms that found nothing to learn."""
-    train_arm(base, "base", "hard", "toy_model", [0, 1])
+    train_arm(base, "base", "hard", "toy/sums_model", [0, 1])
     for arm in plot.ARMS:
         train_arm(base, arm, "hard", f"{tables.slug(arm)}-model", [1, 1], reward=0.5, rescued=0.1, seconds=1.0,
                   memory_gb=1.0, step=1)
@@ -233,7 +230,7 @@ def complete(base) -> None:
 
 
 def test_facts_of_trajectories_and_prefixes_by_hand(base):
-    args = argparse.Namespace(model=str(ROOT / "toy_model"), dtype="float32")
+    args = argparse.Namespace(model=str(ROOT / "toy/sums_model"), dtype="float32")
     model, tokenizer, _ = common.load_model(args, torch.device("cpu"))
     W, records = model.get_input_embeddings().weight.detach(), tables.Records(base)
     found = tables.trajectories(toy, model, tokenizer, records, "LatentRevise")

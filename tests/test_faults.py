@@ -33,11 +33,9 @@ from conftest import (
 )
 from test_inputs import READERS, SAMPLERS, STAGES, Desk, desk  # noqa: F401 (a fixture)
 
-import checkpoints
-import common
 import revise
-import show
-import training
+from experiments import show
+from helpers import checkpoints, common, training
 
 # A verifier that hits and misses, and does to one process what a file named `trigger` beside it says: "rank call what".
 VERIFIER = """import os, pathlib, time
@@ -613,7 +611,8 @@ def test_code_that_comes_with_a_model_is_never_run(desk):  # noqa: F811
     assert not (desk.path / "sprung").exists()
 
 
-SOURCES = sorted(ROOT.glob("*.py"))
+SOURCES = sorted(p for folder in (".", "helpers", "baselines", "experiments", "toy")
+                 for p in (ROOT / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
@@ -625,7 +624,7 @@ def test_no_source_unpickles_runs_text_or_trusts_remote_code(path):
 
 
 def test_the_model_is_loaded_from_safetensors_and_without_its_code():
-    text = (ROOT / "common.py").read_text()
+    text = (ROOT / "helpers/common.py").read_text()
     for call in re.findall(r"from_pretrained\((?:[^()]|\([^()]*\))*\)", text):
         assert "trust_remote_code=False" in call
     assert "use_safetensors=True" in text

@@ -19,12 +19,11 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-import common
 import eval as evaluation
 import rollout
 import train_grpo
 import train_sft
-import training
+from helpers import common, training
 
 # Some groups are zero-hit. The last character decides, which a continuation has whatever its prefix is projected to.
 SELECTIVE = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 3 == 1\n"

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import ROWS, TOKENS, tiny_model
 
-import packed
 import revise
-from common import UserError
+from helpers import packed
+from helpers.common import UserError
 
 TEMPLATE_IDS = [5, 6, 7, 8]
 

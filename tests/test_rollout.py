@@ -19,9 +19,8 @@ from conftest import (
     write_verifier,
 )
 
-import common
 import rollout
-import sampling
+from helpers import common, sampling
 
 PROMPTS = [torch.tensor([5, 9, 30]), torch.tensor([7]), torch.arange(20, 37)]
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import TOKENS, tiny_model, tiny_tokenizer
 
-import common
 import revise
-import show
+from experiments import show
+from helpers import common
 
 
 def record(**changes):

@@ -18,10 +18,10 @@ from conftest import (
     write_verifier,
 )
 
-import common
 import eval as evaluation
 import revise
 import rollout
+from helpers import common
 
 M = 2  # continuations: few, so that some failed rollouts are tried in vain
 # A quarter of the last characters pass: some prompts are zero-hit, some continuations are right, whatever the prefix

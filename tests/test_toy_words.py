@@ -10,13 +10,13 @@ import torch
 from test_toy import check_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
 import rollout
-import toy
-import toy_words
+from helpers import common
+from toy import sums as toy
+from toy import words as toy_words
 from verifier import verify
 
-SHIPPED = Path(__file__).parent.parent / "toy_words_model"
+SHIPPED = Path(__file__).parent.parent / "toy/words_model"
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_training_from_nothing_writes_a_folder_that_loads(tmp_path):
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
     check_pair(toy_words, model, AutoTokenizer.from_pretrained(tmp_path / "a"), SOUND[2])
     command = json.loads((tmp_path / "a" / "run.json").read_text())["command"]
-    assert command.startswith("python toy_words.py train ")
+    assert command.startswith("python -m toy.words train ")
 
 
 def test_shipped_model_is_stuck_on_hard_problems_and_rereads_when_asked(tmp_path):

@@ -21,12 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import checkpoints
-import common
 import rollout
 import train_grpo
 import train_sft
-import training
+from helpers import checkpoints, common, training
 
 
 def make_rows(sizes, seed=0):

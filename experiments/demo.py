@@ -18,12 +18,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import common
-import toy
 from eval import table, wilson_interval
+from helpers import common
+from toy import sums as toy
 from verifier import verify
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 # hard, test: problems; attempts: failed rollouts revised per prompt, for the training data; record: --record-every
 FULL = {"hard": 300, "test": 150, "attempts": 3, "steps": 16, "batch": 16, "record": 2}
@@ -171,7 +171,7 @@ def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="[ours] a smaller run, at most 2 minutes on 2 cores")
-    parser.add_argument("--model", default="toy_model", help="[ours] base model, made by toy.py train")
+    parser.add_argument("--model", default="toy/sums_model", help="[ours] base model, made by toy/sums.py")
     parser.add_argument("--lr", default="3e-4", help="[ours] of every training run: the toy model is small")
     parser.add_argument("--out", help="[ours] output folder; out/demo or out/demo-quick if not given")
     return parser.parse_args(argv)
@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     model = f"--model {args.model}"
 
     # === zero-hit prompts ===
-    run(out, f"toy.py data --out {out}/data")
+    run(out, f"-m toy.sums data --out {out}/data")
     run(out, f"rollout.py {model} --data {out}/data/hard.jsonl --limit {size['hard']} -n 32 {PROBLEMS} "
              f"--out {out}/rollouts", processes=2)
 

@@ -10,10 +10,10 @@ whatever slips, and it is the problem's difficulty: a first pass is right with p
 clean second pass. Without the request this is shown in 0.3 % of the texts.
 So the model can correct itself and rarely does.
 
-    python toy.py data  --out DIR         train, hard, test_hard and test_easy .jsonl:
+    python -m toy.sums data  --out DIR         train, hard, test_hard and test_easy .jsonl:
                                           {"id", "problem", "answer", "carries"}
-    python toy.py train --out toy_model   the base model, from nothing (safetensors, tokenizer, run.json)
-    python toy.py check --model toy_model measures what the base model does; prints one JSON object
+    python -m toy.sums train --out toy/sums_model   the base model, from nothing (safetensors, tokenizer, run.json)
+    python -m toy.sums check --model toy/sums_model measures what the base model does; prints one JSON object
 
 The shipped model (run.json; 200 prompts a set, 32 samples): on >= 4 carries accuracy 0.17 % and 94 % zero-hit, unasked
 reflection 0.22 %. Asked to check, it starts a second pass 99.8 % of the time, and the box is right in 91 % and the
@@ -43,8 +43,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import common
 import rollout
+from helpers import common
 from verifier import verify
 
 # Dimension key: B texts, T tokens (prompt and response), V rows of the embedding
@@ -445,7 +445,7 @@ def main(args: argparse.Namespace, world: ModuleType = THIS) -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     run = {
-        "command": f"python {Path(world.__file__).name} train --out {args.out} --steps {args.steps} "
+        "command": f"python -m toy.{Path(world.__file__).stem} train --out {args.out} --steps {args.steps} "
                    f"--batch {args.batch} --lr {args.lr} --seed {args.seed}",
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),

@@ -4,7 +4,7 @@
 depend on its key and nothing else (see `uniforms`), and in float32 its text neither on the batch it is in, its
 neighbours, when it joined, the number of processes nor a restart, up to rounding: logits of another batch shape differ
 in their last digits, and a uniform that lies on a boundary of the CDF falls on its other side. Seen: two tokens in ten
-million with toy_model, 64 slots against 7; the row differs from there on. The same shapes give the same bits.
+million with toy/sums_model, 64 slots against 7; the row differs from there on. The same shapes give the same bits.
 Sampling settings are the arguments alone, never those of a checkpoint's generation_config.
 
 How the batch works. All live rows write their next key and value into the same column of one buffer per layer, so a row
@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import common
-from common import UserError
+from helpers import common
+from helpers.common import UserError
 
 # Dimension key: P prompts, B rows of the batch, C columns of the KV cache, T tokens of a prompt,
 # V vocabulary, D model width

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import common
-import demo
 import revise
 import rollout
-from demo import share
 from eval import BOOTSTRAP, pass_at_k, wilson_interval
+from experiments import demo
+from experiments.demo import share
+from helpers import common
 from verifier import verify
 
 ADAM = "no Frank-Wolfe (Adam, lr 0.01)"

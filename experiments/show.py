@@ -1,7 +1,7 @@
-"""What a revision did, position by position: `python revise.py show FILE --id X` prints it, `--html PAGE` draws it.
+"""What a revision did, position by position, as text or as a page.
 
-    python revise.py show out/revised/revised.jsonl --id hard-3
-    python revise.py show out/revised/revised.jsonl --id hard-3 --html page.html
+    python -m experiments.show out/revised/revised.jsonl --id hard-3
+    python -m experiments.show out/revised/revised.jsonl --id hard-3 --html page.html
 
 For every position of the prefix: its token, how far its embedding moved (in units of its own norm), the token that the
 projection gives, and the tokens it moved toward with their weights (Eq. 7 makes each iterate a convex combination of
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-import common
 import revise
-from common import UserError, printable
+from helpers import common
+from helpers.common import UserError, printable
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.15rem .6rem;text-align:right;border-bottom:1px solid #ddd}
@@ -111,7 +111,7 @@ tokens that the projection changed are underlined ({100 * record['kept']:.0f} % 
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="revise.py show", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m experiments.show", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="[ours] revised.jsonl of revise.py")
     parser.add_argument("--id", required=True, help="[ours] the problem; with several attempts, the last is shown")
@@ -149,3 +149,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"written: {args.html}")
     else:
         print(page)
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)

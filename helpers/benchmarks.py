@@ -8,9 +8,9 @@ import json
 import re
 from pathlib import Path
 
-import common
 import rollout
-from common import UserError
+from helpers import common
+from helpers.common import UserError
 
 # Short name: hub id, file, its fields for problem and answer, problems. Ids, files, fields and counts were read in
 # public listings and in other projects' loaders; nothing was downloaded to check them. Less sure than the rest: the

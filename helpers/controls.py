@@ -12,9 +12,9 @@ import argparse
 import torch
 from torch import Tensor
 
-import rollout
-import training
-from common import UserError
+from helpers import training
+from helpers.common import UserError
+from helpers.sampling import row_key
 
 # Dimension key: R prefix, D model width
 
@@ -22,7 +22,7 @@ from common import UserError
 # --- controls --------------------------------------------------------------------------------------------------------
 def random_vertices(f, step: int, allowed: Tensor, seed: int) -> Tensor:
     """One allowed id per position of a failure, (R,), that no gradient has chosen."""
-    generator = torch.Generator().manual_seed(rollout.row_key(seed, f.id, f.sample, "vertex", step))
+    generator = torch.Generator().manual_seed(row_key(seed, f.id, f.sample, "vertex", step))
     return allowed[torch.randint(len(allowed), (len(f.r),), generator=generator).to(allowed.device)]
 
 
@@ -30,7 +30,7 @@ def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
     """Each prompt gets the answer of another prompt, a different one. Raises UserError if all are equal."""
     if len(set(answers.values())) < 2:
         raise UserError("--gold permuted needs prompts with at least two different answers")
-    order = sorted(answers, key=lambda i: rollout.row_key(seed, i, "permuted"))
+    order = sorted(answers, key=lambda i: row_key(seed, i, "permuted"))
     cycle = order + order
     return {i: next(answers[j] for j in cycle[k + 1:] if answers[j] != answers[i]) for k, i in enumerate(order)}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-import common
+from helpers import common
 
 # Dimension key: B rollouts, Q prompt, R prefix, C continuation, A branch (template and gold answer),
 # T trunk = Q + R + C, S = T + A, N = sum of R over the batch, M targets, V vocabulary rows, D model width

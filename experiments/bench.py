@@ -1,12 +1,14 @@
 """Speed and memory, each measured against a reference in the same run: one JSON line per measure (benches/).
 
-    python bench.py revise        one Frank-Wolfe step against Algorithm 1 written literally
-    python bench.py revise --device cuda    the same in the shape of Qwen2.5-1.5B, and by batch size and length
-    python bench.py grpo          one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and
-                                  against full logits of rows padded to the longest (CPU)
-    python bench.py memory        the formula of the README against what toy_model keeps (CPU), and the paper's models
-    python bench.py hours         GPU-hours of the recipes, computed
-    python bench.py rollout       sampling against Transformers' generate(); --device cuda: in the shape of Qwen2.5-1.5B
+    python -m experiments.bench WHAT [--device cuda]
+
+    revise    one Frank-Wolfe step against Algorithm 1 written literally; on CUDA in the shape of Qwen2.5-1.5B, and by
+              batch size and length
+    rollout   sampling against Transformers' generate(); on CUDA in the shape of Qwen2.5-1.5B
+    grpo      one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and against full logits of
+              rows padded to the longest (CPU)
+    memory    the formula of the README against what toy/sums_model keeps (CPU), and the paper's models
+    hours     GPU-hours of the recipes, computed
 
 Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`;
 `ratio_to_frozen` is the same for a reference whose parameters ask for no gradient. Timings are medians of interleaved
@@ -19,7 +21,7 @@ response tokens. `row_steps` are the rows of all decoding steps, `ideal` those t
 import argparse
 import importlib
 
-import common
+from helpers import common
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +36,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    importlib.import_module(f"benches.{args.what}").main(args)
+    importlib.import_module(f"experiments.benches.{args.what}").main(args)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train_grpo
-import training
-from benches.tools import report
-from common import UserError
+from experiments.benches.tools import report
+from helpers import training
+from helpers.common import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 GROUPS, GROUP, ROWS = 1, 8, 4  # prompts, responses to each, rows of a micro-batch of the references
 VOCAB = 151936
 
@@ -99,7 +99,7 @@ def trl_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> None
     except (ImportError, RuntimeError) as e:  # RuntimeError: trl imports its parts late
         raise UserError("bench.py grpo needs TRL: pip install -r requirements-bench.txt "
                         f"({str(e).splitlines()[-1]})") from None
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy_model")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/sums_model")
     updates, prepare = [], GRPOTrainer._generate_and_score_completions
     seconds = {"prepare": 0.0}
 
@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
     for _ in range(args.rounds):  # interleaved, a process each
         for name, found in results.items():
             child = subprocess.run(
-                [sys.executable, str(ROOT / "bench.py"), "grpo", "--only", name, "--runs", str(args.runs)],
+                [sys.executable, "-m", "experiments.bench", "grpo", "--only", name, "--runs", str(args.runs)],
                 capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
             if child.returncode:
                 raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("bench.py: error: "))

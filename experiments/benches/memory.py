@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-import common
-import training
-from benches.tools import report, saved_bytes
+from experiments.benches.tools import report, saved_bytes
+from helpers import common, training
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 QWEN = {"Qwen2.5-1.5B": Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                                     num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True),
@@ -70,7 +69,7 @@ def peak_bytes(c, processes: int, tokens: int, checkpointed: bool, sharded: bool
 
 
 def main(args: argparse.Namespace) -> None:
-    folder = ROOT / "toy_model"
+    folder = ROOT / "toy/sums_model"
     rows = [{"prompt_ids": [5] * 100, "response_ids": [6] * 400}] * 2
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()

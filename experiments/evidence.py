@@ -1,12 +1,12 @@
 """What the method does, measured with the controls that the paper lacks: makes the tables and figures of RESULTS.md.
 
-    python evidence.py                  recovery and training in both worlds, fewer training arms in the second;
-                                        it continues where it was stopped
-    python evidence.py --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
-    python evidence.py --all            also other steps and losses, and in the first world longer and shaped training
-    python evidence.py --tables         runs no stage, counts and draws what is complete
-    python evidence.py --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
-    python evidence.py --quick          a small run of the same code, not for reading
+    python -m experiments.evidence     recovery and training in both worlds, fewer training arms in the second;
+                                       it continues where it was stopped
+    --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
+    --all            also other losses, and in the first world longer and shaped training
+    --tables         runs no stage, counts and draws what is complete
+    --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
+    --quick          a small run of the same code, not for reading
 
 Base models: of seed 0 those that ship with the repository; others are trained first. Problems and every draw are of the
 base model's seed. The stage scripts make all numbers; tables.py counts, plot.py draws, and this file says what is run.
@@ -16,14 +16,12 @@ import shutil
 import time
 from pathlib import Path
 
-import common
-import demo
-import plot
-import tables
-import toy
-import toy_words
-from common import UserError
-from demo import LENGTH, PROBLEMS
+from experiments import demo, plot, tables
+from experiments.demo import LENGTH, PROBLEMS
+from helpers import common
+from helpers.common import UserError
+from toy import sums as toy
+from toy import words as toy_words
 
 WORLDS = {"toy": toy, "toy_words": toy_words}
 # hard: problems; test: held-out problems of a set; attempts: failed rollouts revised per prompt, for the training data
@@ -84,7 +82,7 @@ SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD", *SHAPE
 
 def prepare(world, out: Path, bases: dict, size: dict) -> None:
     """The problems of every base model, and its rollouts on the hard ones."""
-    demo.run(out, *[f"{world.__name__}.py data --out {base}/data --seed {seed}" for base, (seed, _) in bases.items()])
+    demo.run(out, *[f"-m {world.__name__} data --out {base}/data --seed {seed}" for base, (seed, _) in bases.items()])
     for base, (seed, model) in bases.items():
         demo.run(out, f"rollout.py --model {model} --data {base}/data/hard.jsonl --limit {size['hard']} -n 32 "
                       f"--seed {seed} {PROBLEMS} --out {base}/rollouts", processes=2)
@@ -176,9 +174,9 @@ def main(args: argparse.Namespace) -> None:
     bases = {}
     for name in args.worlds:
         world, out = WORLDS[name], root / name
-        models = {s: f"{out}/model{s}" if s else f"{name}_model" for s in seeds}
+        models = {s: f"{out}/model{s}" if s else world.__name__.replace(".", "/") + "_model" for s in seeds}
         if not args.tables:
-            demo.run(out, *[f"{name}.py train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
+            demo.run(out, *[f"-m {world.__name__} train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
                             if s and not (demo.ROOT / path / "run.json").exists()])
             of = {out / f"base{seed}": (seed, model) for seed, model in models.items()}
             prepare(world, out, of, size)

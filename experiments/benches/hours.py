@@ -7,7 +7,7 @@ need. Longer responses cost in proportion: base models on hard problems often wr
 import argparse
 import json
 
-from benches.memory import QWEN, parameters, sizes
+from experiments.benches.memory import QWEN, parameters, sizes
 
 FLOPS, BYTES = 0.5 * 790e12, 0.6 * 4.8e12  # a second
 PROMPT, RESPONSE, HOST = 150, 1000, 1e-3

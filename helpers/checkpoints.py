@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import common
-from common import UserError
-from training import whole
+from helpers import common
+from helpers.common import UserError
+from helpers.training import whole
 
 FILE_BYTES = 4 * 2**30  # of a file, unless a single tensor is larger
 

@@ -6,10 +6,9 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-import common
-import packed
 import revise
-from benches.tools import random_qwen2, report, saved_bytes, timed
+from experiments.benches.tools import random_qwen2, report, saved_bytes, timed
+from helpers import common, packed
 
 SHAPES = {"short": (150, 800, 200, 20), "long": (150, 3200, 800, 20)}  # tokens: q, r, c, template and gold together
 

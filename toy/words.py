@@ -11,9 +11,9 @@ number of sentences with `fewer` is the difficulty, and problems with 4 or more 
 Self-correction is as in toy.py: 40 % of the texts carry a request to check and show a second pass that reads the
 problem rightly; 0.3 % of the others show one unasked.
 
-    python toy_words.py data --out DIR                 four .jsonl: "id", "problem", "answer", "fewer"
-    python toy_words.py train --out toy_words_model     the base model, from nothing
-    python toy_words.py check --model toy_words_model   measures what it does; prints one JSON object
+    python -m toy.words data --out DIR                 four .jsonl: "id", "problem", "answer", "fewer"
+    python -m toy.words train --out toy/words_model     the base model, from nothing
+    python -m toy.words check --model toy/words_model   measures what it does; prints one JSON object
 
 The shipped model (run.json; 200 prompts a set, 32 samples): with 4 or more `fewer` accuracy 0.50 % and 86 % zero-hit
 (90 % of the first 150 of hard.jsonl), without any 99.9 % right; unasked reflection 0.37 %. Asked to check, it starts a
@@ -30,9 +30,9 @@ import random
 import re
 import sys
 
-import common
-import toy
-from toy import TEMPLATE, has_reflection  # noqa: F401 (part of this world too)
+from helpers import common
+from toy import sums as toy
+from toy.sums import TEMPLATE, has_reflection  # noqa: F401 (part of this world too)
 
 THIS = sys.modules[__name__]  # the world, as toy.py takes it
 MISREAD = 0.80  # probability that a first pass reads `fewer` as `more`

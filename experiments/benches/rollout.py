@@ -6,9 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import common
-import sampling
-from benches.tools import clock, random_qwen2, report, timed
+from experiments.benches.tools import clock, random_qwen2, report, timed
+from helpers import common, sampling
 
 PROMPT = 64  # tokens
 

@@ -1,14 +1,14 @@
 """The figures of RESULTS.md, from the JSONL files of evidence.py, which calls it. Readable without colour.
 
-Needs matplotlib (requirements-dev.txt). Again from what is there: python evidence.py --tables
+Needs matplotlib (requirements-dev.txt). Again from what is there: python -m experiments.evidence --tables
 """
 import importlib.util
 from pathlib import Path
 
-import common
-import tables
-import toy
 from eval import wilson_interval
+from experiments import tables
+from helpers import common
+from toy import sums as toy
 
 WIDTH = 4.6  # inches, of one panel
 ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-.",

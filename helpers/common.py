@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+ROOT = Path(__file__).resolve().parent.parent  # where the stages are
+
 
 class UserError(Exception):
     """Bad input. The message names the flag, or the file and line, to change; the script prints it and exits with 2."""
@@ -215,7 +217,7 @@ def start_run(out: str | Path, args: argparse.Namespace, free: tuple[str, ...] =
         except OSError as e:
             raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
         try:
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
                                     capture_output=True, text=True, check=False).stdout.strip()
         except OSError:  # a machine without git
             commit = ""
@@ -444,9 +446,9 @@ def eos_ids(model, tokenizer) -> list[int]:
 
 
 def verifier_path(spec: str) -> Path:
-    """The file of `path.py:function`: where it says, or beside this one."""
+    """The file of `path.py:function`: where it says, or beside the stages."""
     path = Path(spec.rpartition(":")[0])
-    return path if path.is_absolute() or path.exists() else Path(__file__).parent / path
+    return path if path.is_absolute() or path.exists() else ROOT / path
 
 
 def load_verifier(spec: str):

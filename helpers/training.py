@@ -24,9 +24,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-import common
-import rollout
-from common import UserError
+from helpers import common
+from helpers.common import UserError
+from helpers.sampling import row_key
 
 # Dimension key: B sequences, T time, M response tokens of a micro-batch, V vocabulary, D model width, W processes
 
@@ -236,7 +236,7 @@ def draw_rows(count: int, start: int, size: int, seed: int) -> list[int]:
     """Entries start..start+size-1 of the endless sequence of one permutation of range(count) per epoch."""
     perms = {}
     for epoch in range(start // count, (start + size - 1) // count + 1):
-        generator = torch.Generator().manual_seed(rollout.row_key(seed, "epoch", epoch))
+        generator = torch.Generator().manual_seed(row_key(seed, "epoch", epoch))
         perms[epoch] = torch.randperm(count, generator=generator).tolist()
     return [perms[i // count][i % count] for i in range(start, start + size)]
 
