@@ -102,7 +102,7 @@ def literal_algorithm1(model, f, template, allowed, args):
         gamma = args.gamma0 * 2 / (i + 1)
         gap = float((G * (E.detach() - W[V])).sum())
         E = (1 - gamma) * E + gamma * W[V]
-        trace.append(([float(explore), float(guide), float(nll)], V, E.detach(), gap))
+        trace.append(([float(x.detach()) for x in (explore, guide, nll)], V, E.detach(), gap))
     return trace
 
 
@@ -162,9 +162,9 @@ def test_checkpointed_activations_give_the_same_gradient():
     results = []
     for checkpoint in (False, True):
         with packed.frozen(model, checkpoint):
-            assert (model.is_gradient_checkpointing, model.training) == (checkpoint, checkpoint)
+            assert (model.is_activation_checkpointing, model.training) == (checkpoint, checkpoint)
             results.append(packed.losses_and_gradient(model, tensors, soft))
-    assert not model.is_gradient_checkpointing and not model.training
+    assert not model.is_activation_checkpointing and not model.training
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
