@@ -176,8 +176,8 @@ def main(args: argparse.Namespace) -> None:
         world, out = WORLDS[name], root / name
         models = {s: f"{out}/model{s}" if s else world.__name__.replace(".", "/") + "_model" for s in seeds}
         if not args.tables:
-            demo.run(out, *[f"-m {world.__name__} train --out {path} --seed {s} --prompts 50 -n 8" for s, path in models.items()
-                            if s and not (demo.ROOT / path / "run.json").exists()])
+            demo.run(out, *[f"-m {world.__name__} train --out {path} --seed {s} --prompts 50 -n 8"
+                            for s, path in models.items() if s and not (demo.ROOT / path / "run.json").exists()])
             of = {out / f"base{seed}": (seed, model) for seed, model in models.items()}
             prepare(world, out, of, size)
             recover(world, out, of, size, args.all)
