@@ -3,7 +3,8 @@
     python eval.py --model toy/sums_model out/sft/model --data test_hard.jsonl -n 32 --k 1 32 --out out/eval
     torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks math500,amc23 --out out/eval
 
-Reads   problems as rollout.py does (--data), and the paper's six test sets by name (--benchmarks, see benchmarks.py).
+Reads   problems as rollout.py does (--data), and the paper's six test sets by name (--benchmarks:
+        helpers/benchmarks.py).
 Writes  OUT/MODEL/DATA/rollouts.jsonl (every sample behind the numbers), results.json and results.md.
 
 Differs from the paper: adds the 95 % interval (bootstrap over problems).

@@ -193,7 +193,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     """Algorithm 1, decoding, verification and projection for failed rollouts (records of rollout.py).
 
     A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one. Returns one record per
-    rollout, in order; in float32 nothing in it depends on the batch, up to rounding (see sampling.py).
+    rollout, in order; in float32 nothing in it depends on the batch, up to rounding (see helpers/sampling.py).
     """
     W = model.get_input_embeddings().weight.detach()
     allowed = allowed_rows(tokenizer, vocab, len(W), args.vertex_rows).to(W.device)

@@ -9,8 +9,8 @@ Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`
         summary.json: the pass-rate histogram.
 
 How a response is drawn, and why its text depends on (seed, problem id, sample number) alone, up to float32 rounding:
-sampling.py. Processes claim problems from one list as their batches have room, so none waits for another, and append
-what is finished to a part file each; killed at any moment, the same command samples what is missing, and the files are
+helpers/sampling.py. Processes claim problems from one list as their batches have room, so none waits for another, and
+append what is finished to a part file each; killed at any moment, the same command samples what is missing, and the files are
 the same but for such rounding: about two tokens in ten million.
 
 Memory  --max-batch-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a

@@ -10,7 +10,7 @@ Writes  metrics.jsonl, checkpoints to resume from (the same command continues), 
 
 Loss: cross-entropy on response tokens (end-of-sequence included, prompt masked out), averaged over the response tokens
 of the whole optimizer step: all micro-batches and all processes. Neither changes a gradient.
-Micro-batches, the optimizer step and checkpoints are in training.py, shared with train_grpo.py.
+Micro-batches, the optimizer step and checkpoints are in helpers/, shared with train_grpo.py.
 Differs from the paper: it gives no number of SFT steps or epochs; --steps is ours.
 """
 import argparse

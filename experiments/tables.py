@@ -383,7 +383,7 @@ def everything(worlds: dict, bases: dict, groups: dict, arms: dict) -> str:
             found += prefixes(model.get_input_embeddings().weight.detach(), tokenizer, b, "LatentRevise")
         zero = [len(b.variant("LatentRevise")) for b in records]
         each = f"{' + '.join(map(str, zero))} of {len(zero)} base models"
-        text += [f"### {name}.py: {sum(zero)} zero-hit prompts, {each}\n", recovery(world, records, groups),
+        text += [f"### {name}: {sum(zero)} zero-hit prompts, {each}\n", recovery(world, records, groups),
                  "#### By Frank-Wolfe steps (Figure 3)\n", step_table(by_step(world, tokenizer, records, "K 20")),
                  "#### Filters without a reasoning trace\n", filter_table(close),
                  "#### The hull\n", hull_table(found), equal_loss(world, tokenizer, records), likelihood_table(close)]

@@ -8,7 +8,7 @@ a chunk at a time.
     trunk    q1 q2 r1 r2 r3 c1 c2      causal               predicts r (L_NLL) and c (L_explore)
     branch         t1 t2 y1 y2         sees q, r, itself    predicts y (L_guide)
 
-tests/test_revise.py holds the literal version; bench.py revise compares the two.
+tests/test_revise.py holds the literal version; experiments/bench.py compares the two.
 """
 import contextlib
 

@@ -272,7 +272,7 @@ def test_tables_of_what_is_complete_go_into_results(base, tmp_path, monkeypatch,
     run("--seeds", "0", "1", "--write")
     assert f"left out, not complete: {tmp_path}/toy/base1" in capsys.readouterr().out
     text = (root / "RESULTS.md").read_text()
-    assert text.startswith("# Results\n\nfound\n\n## Tables\n\n### toy.py: 4 zero-hit prompts")
+    assert text.startswith("# Results\n\nfound\n\n## Tables\n\n### toy: 4 zero-hit prompts")
     assert "outdated" not in text
     assert text.endswith((tmp_path / "tables.md").read_text())
     assert sorted(p.name for p in (root / "docs").iterdir()) == [

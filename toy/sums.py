@@ -19,7 +19,7 @@ The shipped model (run.json; 200 prompts a set, 32 samples): on >= 4 carries acc
 reflection 0.22 %. Asked to check, it starts a second pass 99.8 % of the time, and the box is right in 91 % and the
 whole pass in 89 %. Tried: a Qwen2 of the same size (see build_model).
 
-toy_words.py is a second world, made by the same code. A world is a module that has its own TRAINING, DIFFICULTY, HARD,
+words.py is a second world, made by the same code. A world is a module that has its own TRAINING, DIFFICULTY, HARD,
 FIRST_PASS, PHRASES, STEP and JOIN, and parts, facts, is_sound, draw_problem and write_pass.
 
 One process; every draw is a function of --seed. The problem sets and the training texts come from different hash

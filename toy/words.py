@@ -1,4 +1,4 @@
-r"""The second toy world: word problems in which a word is misread. Made, trained and measured by toy.py's code.
+r"""The second toy world: word problems in which a word is misread. Made, trained and measured by sums.py's code.
 
 A problem introduces people one after the other, each beside the one before:
 
@@ -6,9 +6,9 @@ A problem introduces people one after the other, each beside the one before:
 
 and a response reasons about every person: `Ann 52; Bob 52+5=57; Carl 57-8=49. So the answer is \boxed{49}.` In the
 base model's training text a first pass reads `fewer` as `more` with probability 0.8 (`Carl 57+8=65`). So, unlike the
-slip of toy.py, the failure is one of comprehension: every sum that is written is right. Misreadings cannot cancel; the
+slip of sums.py, the failure is one of comprehension: every sum that is written is right. Misreadings cannot cancel; the
 number of sentences with `fewer` is the difficulty, and problems with 4 or more are almost all zero-hit at N = 32.
-Self-correction is as in toy.py: 40 % of the texts carry a request to check and show a second pass that reads the
+Self-correction is as in sums.py: 40 % of the texts carry a request to check and show a second pass that reads the
 problem rightly; 0.3 % of the others show one unasked.
 
     python -m toy.words data --out DIR                 four .jsonl: "id", "problem", "answer", "fewer"
@@ -34,7 +34,7 @@ from helpers import common
 from toy import sums as toy
 from toy.sums import TEMPLATE, has_reflection  # noqa: F401 (part of this world too)
 
-THIS = sys.modules[__name__]  # the world, as toy.py takes it
+THIS = sys.modules[__name__]  # the world, as sums.py takes it
 MISREAD = 0.80  # probability that a first pass reads `fewer` as `more`
 FIRST_PASS = (MISREAD,)
 RELATIONS = (2, 5)  # fewest and most relations of a problem

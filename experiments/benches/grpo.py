@@ -97,7 +97,7 @@ def trl_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> None
         from transformers import AutoTokenizer, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except (ImportError, RuntimeError) as e:  # RuntimeError: trl imports its parts late
-        raise UserError("bench.py grpo needs TRL: pip install -r requirements-bench.txt "
+        raise UserError("bench grpo needs TRL: pip install -r requirements-bench.txt "
                         f"({str(e).splitlines()[-1]})") from None
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/sums_model")
     updates, prepare = [], GRPOTrainer._generate_and_score_completions
@@ -167,7 +167,8 @@ def main(args: argparse.Namespace) -> None:
         for name, found in results.items():
             child = subprocess.run(
                 [sys.executable, "-m", "experiments.bench", "grpo", "--only", name, "--runs", str(args.runs)],
-                capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                capture_output=True, text=True, check=False, cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"})
             if child.returncode:
                 raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("bench.py: error: "))
             found.append(json.loads(child.stdout.splitlines()[-1]))
