@@ -219,7 +219,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         prompts = [torch.cat([q, E[step].to(q.dtype)]) for q, E in zip(questions, prefixes)]
         samples = rollout.sample(model, prompts, keys, limits, eos=eos, vocab=vocab, temperature=args.temperature,
                                  top_k=args.top_k, top_p=args.top_p, slots=args.batch_size,
-                                 max_tokens=args.max_batch_tokens, fixed=args.cuda_graphs)
+                                 max_tokens=args.max_batch_tokens)
         for result, s in zip(results, samples):
             result[step] = s
 

@@ -10,8 +10,8 @@ Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`
 
 How a response is drawn, and why its text depends on (seed, problem id, sample number) alone, up to float32 rounding:
 helpers/sampling.py. Processes claim problems from one list as their batches have room, so none waits for another, and
-append what is finished to a part file each; killed at any moment, the same command samples what is missing, and the files are
-the same but for such rounding: about two tokens in ten million.
+append what is finished to a part file each; killed at any moment, the same command samples what is missing, and the
+files are the same but for such rounding: about two tokens in ten million.
 
 Memory  --max-batch-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a
         token for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights). A pass over new prompts adds 8,192
@@ -150,7 +150,7 @@ def sample_records(model, tokenizer, vocab: int, rows: Iterable[tuple[dict, int]
 
     for finished in decode(model, queue(), slots=slots, max_tokens=args.max_batch_tokens,
                            eos=common.eos_ids(model, tokenizer), vocab=vocab, temperature=args.temperature,
-                           top_k=args.top_k, top_p=args.top_p, fixed=args.cuda_graphs):
+                           top_k=args.top_k, top_p=args.top_p):
         records = []
         for row in finished:
             p, number = row.tag
@@ -267,9 +267,6 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     parser.add_argument("--batch-size", type=int, default=64, help="[ours] most sequences decoded together")
     parser.add_argument("--max-batch-tokens", type=int, default=2**18, help="[ours] most tokens in the KV cache, "
                         "prompts and responses: the memory flag; 0 is no bound")
-    parser.add_argument("--cuda-graphs", action="store_true",
-                        help="[ours] decode in steps of one shape, which a GPU replays as a CUDA graph; no effect "
-                             "where attention slides; tested on a CPU alone, where it gains nothing")
 
 
 def add_problem_args(parser: argparse.ArgumentParser) -> None:
@@ -303,7 +300,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = ("device", "batch_size", "max_batch_tokens", "cuda_graphs")  # these change a result by float32 rounding alone
+FREE = ("device", "batch_size", "max_batch_tokens")  # these change a result by float32 rounding alone
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -137,10 +137,6 @@ class SlotLayer(DynamicLayer):
         return self.batch.end - self.batch.low
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.batch.column is not None:  # FixedStep: every slot and every column, where the mask says so
-            for buffer, new in zip(self.buffers, (key_states, value_states)):
-                buffer.index_copy_(2, self.batch.column, new)
-            return tuple(self.buffers)
         n, low, end = len(self.batch.rows), self.batch.low, self.batch.end
         for buffer, new in zip(self.buffers, (key_states, value_states)):
             buffer[:n, :, end:end + 1] = new
@@ -167,7 +163,6 @@ class Batch:
         self.rows: list[Row] = []
         self.low = self.end = 0  # columns low .. end-1 are in use, `end` is written next
         self.size = self.room = 0  # slots and columns of the buffers
-        self.column: Tensor | None = None  # where FixedStep writes, (1,)
         self.cache = new_cache(config)
         self.cache.layers = [SlotLayer(self) for _ in self.cache.layers]
 
@@ -223,49 +218,6 @@ class Batch:
         self.low = min((row.start for row in self.rows), default=self.end)
 
 
-class FixedStep:
-    """The decoding step at one shape, for as long as the buffers last: all slots, free ones too, and all columns. A GPU
-    replays it as one CUDA graph, where the usual step launches about a thousand small kernels;
-    a CPU runs it as it is."""
-
-    def __init__(self, model, batch: Batch):
-        device, self.buffers = model.device, batch.cache.layers[0].buffers[0]
-        self.model, self.batch, self.graph = model, batch, None
-        self.token, self.position = (torch.zeros(batch.size, 1, dtype=torch.long, device=device) for _ in range(2))
-        self.mask = torch.zeros(batch.size, 1, 1, batch.room, dtype=torch.bool, device=device)
-        self.column = torch.full((1,), batch.end, device=device)  # free until the first real step writes it
-        if device.type == "cuda":
-            self.mask[..., batch.end] = True
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries set themselves up in the first runs, which a graph cannot hold
-                for _ in range(3):
-                    self.run()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.run()
-
-    def run(self) -> Tensor:
-        self.batch.column = self.column
-        logits = self.model(input_ids=self.token, attention_mask=self.mask, position_ids=self.position,
-                            past_key_values=self.batch.cache, use_cache=True).logits[:, -1]
-        self.batch.column = None
-        return logits
-
-    def __call__(self, token: Tensor, position: Tensor, start: Tensor, columns: Tensor) -> Tensor:
-        """Logits (B, V) of the B live rows; token, position, start (B,), columns (room,)."""
-        n, end = len(token), self.batch.end
-        self.token[:n, 0], self.position[:n, 0] = token, position
-        self.column.fill_(end)
-        self.mask[:] = columns == end  # a free slot sees one column: a row that sees none would be nan
-        self.mask[:n, 0, 0] = (columns >= start[:, None]) & (columns <= end)
-        if self.graph is None:
-            return self.run()[:n]
-        self.graph.replay()
-        return self.logits[:n]
-
-
 # --- sampling ---------------------------------------------------------------------------------------------------------
 def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, DynamicCache, Tensor]]:
     """In passes of at most PREFILL_TOKENS: some of the rows, the logits (B, V) of their next token, the cache of their
@@ -294,19 +246,18 @@ def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, Dynamic
 
 @torch.no_grad()
 def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: list[int], vocab: int,
-           temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, fixed: bool = False) -> Iterator[list[Row]]:
+           temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Iterator[list[Row]]:
     """Draw all rows, at most `slots` of them at a time; yields lists of finished ones, in the order they finish.
 
     rows are taken one by one as slots become free, so an iterator may decide late what comes next. vocab: ids at or
     beyond it are never produced. max_tokens: the KV cache never holds more than so many (slots times columns; 0 is no
     bound). Nothing is reserved for a row's future: when the columns of all have grown beyond the bound, the youngest
     rows are put back, and later prefilled again with what they have; a prompt and its limit must fit on their own.
-    fixed: steps of one shape (FixedStep; not where attention slides).
     """
     device, stops = model.device, set(eos)
     batch = Batch(model.config, slots, max_tokens)
     windowed = any(layer.is_sliding for layer in DynamicCache(config=model.config).layers)
-    rows, waiting, dry, changed, step = iter(rows), deque(), False, True, None
+    rows, waiting, dry, changed = iter(rows), deque(), False, True
 
     def joining() -> list[Row]:
         """The next rows, when as many as an eighth of the batch fit in:
@@ -376,15 +327,10 @@ def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: 
             keys, drawn, position, start, token = torch.tensor(
                 [[r.key, len(r.ids), len(r) - 1, r.start, r.ids[-1]] for r in batch.rows], device=device).T  # (B,) each
             columns = torch.arange(batch.room, device=device)
-        if fixed and not windowed:
-            if step is None or step.buffers is not batch.cache.layers[0].buffers[0]:
-                step = FixedStep(model, batch)
-            logits = step(token, position, start, columns)
-        else:
-            mask = columns[batch.low:batch.end + 1] >= start[:, None]  # (B, C)
-            # with four dimensions the model takes the mask as it is; only its own knows of a sliding window
-            logits = model(input_ids=token[:, None], attention_mask=mask if windowed else mask[:, None, None],
-                           position_ids=position[:, None], past_key_values=batch.cache, use_cache=True).logits[:, -1]
+        mask = columns[batch.low:batch.end + 1] >= start[:, None]  # (B, C)
+        # with four dimensions the model takes the mask as it is; only its own knows of a sliding window
+        logits = model(input_ids=token[:, None], attention_mask=mask if windowed else mask[:, None, None],
+                       position_ids=position[:, None], past_key_values=batch.cache, use_cache=True).logits[:, -1]
         batch.end += 1
         token, done = advance(batch.rows, logits, keys, drawn)
         drawn, position, changed = drawn + 1, position + 1, bool(done)
@@ -396,7 +342,7 @@ def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: 
 
 def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int], *, eos: list[int], vocab: int,
            temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, slots: int = 0,
-           max_tokens: int = 0, fixed: bool = False) -> list[list[Sample]]:
+           max_tokens: int = 0) -> list[list[Sample]]:
     """Responses to P prompts, len(keys[p]) of them to prompt p, at most limits[p] tokens each, in the order of keys.
 
     prompts: each (T,) token ids or (T, D) input embeddings, T >= 1. keys: one row key per response (`row_key`).
@@ -405,6 +351,6 @@ def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int
     rows = [[Row(p, key, limit) for key in ks] for p, ks, limit in zip(prompts, keys, limits)]
     queue = [row for of_prompt in rows for row in of_prompt]
     for _ in decode(model, queue, slots=slots or len(queue), max_tokens=max_tokens, eos=eos, vocab=vocab,
-                    temperature=temperature, top_k=top_k, top_p=top_p, fixed=fixed):
+                    temperature=temperature, top_k=top_k, top_p=top_p):
         pass
     return [[Sample(row.ids, row.logprobs, row.finish) for row in of_prompt] for of_prompt in rows]

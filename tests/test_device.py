@@ -1,7 +1,7 @@
 """Every stage with --device cuda on a machine without a GPU: tensors stay where they are and carry a tag, and an
 operation on two tags raises, as a GPU would.
 
-What cannot be emulated: CUDA graphs (--cuda-graphs), NCCL and so several processes, bfloat16 kernels, the order of
+What cannot be emulated: CUDA graphs, NCCL and so several processes, bfloat16 kernels, the order of
 atomic sums, and host synchronisation. A tensor that autograd makes has no tag and goes with any.
 """
 import json

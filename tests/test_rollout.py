@@ -115,8 +115,6 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     assert {s.finish for x in expected for s in x} == {"eos", "length"}
     for slots in (1, 2, 5, 64):
         check(backwards if slots == 5 else ordered, slots=slots)
-    for more in ({}, {"slots": 5}, {"slots": 16, "max_tokens": 350}):  # free slots and unseen columns change nothing
-        check(ordered, fixed=True, **more)
     put_back = []
     for budget in (130, 350, 1500):
         seen = watched(model, monkeypatch)
@@ -125,27 +123,6 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
         put_back.append(seen["prefilled"] - 36)
         monkeypatch.undo()
     assert max(put_back) > 0  # rows joined again
-
-
-@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
-def test_fixed_steps_have_one_shape_for_each_buffer_and_the_same_logprobs(family, tied, monkeypatch):
-    model, keys = tiny_model(family, tied), [[rollout.row_key(i, s) for s in range(2)] for i in range(len(MANY))]
-    draw_all = lambda **kw: rollout.sample(model, MANY, keys, [70] * len(MANY), eos=ENDS, vocab=TOKENS, slots=6, **kw)
-    shapes, forward = set(), model.forward
-    watch = lambda *a, **kw: shapes.add(tuple(kw["attention_mask"].shape)) or forward(*a, **kw)
-    expected = draw_all()
-    monkeypatch.setattr(model, "forward", watch)
-    assert_same_texts(model, MANY, keys, expected, draw_all(fixed=True))
-    steps = {s for s in shapes if len(s) == 4}  # prefills have two dimensions
-    assert 1 <= len(steps) <= 8 and all(1 <= s[0] <= 6 for s in steps)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graphs_draw_what_the_usual_steps_draw():
-    model, keys = tiny_model("qwen2").cuda(), [[rollout.row_key(i, s) for s in range(2)] for i in range(len(MANY))]
-    usual, replayed = (rollout.sample(model, MANY, keys, [40] * len(MANY), eos=ENDS, vocab=TOKENS, slots=6, fixed=fixed)
-                       for fixed in (False, True))
-    assert_same_texts(model, MANY, keys, usual, replayed)
 
 
 # --- what these comparisons let through, and what not -----------------------------------------------------------------
@@ -170,13 +147,12 @@ def faulty(monkeypatch, model, fault: str) -> None:
         monkeypatch.setattr(sampling, "uniforms", other_key)
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["usual", "fixed"])
 @pytest.mark.parametrize("fault", ["none", "mask", "position", "key"])
-def test_a_wrong_mask_position_or_key_is_not_taken_for_rounding(monkeypatch, fault, fixed):
+def test_a_wrong_mask_position_or_key_is_not_taken_for_rounding(monkeypatch, fault):
     model, keys = tiny_model("qwen2"), keys_of(MANY, 2)
     expected = draw(model, MANY, n=2, limit=30, eos=ENDS)
     faulty(monkeypatch, model, fault)
-    found = draw(model, MANY, n=2, limit=30, eos=ENDS, slots=7, fixed=fixed)
+    found = draw(model, MANY, n=2, limit=30, eos=ENDS, slots=7)
     if fault == "none":
         assert_same_texts(model, MANY, keys, expected, found)
         return

@@ -54,7 +54,7 @@ def outside_forward(model, function) -> dict[str, float]:
 
 
 def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: int, n: int, limit: int, eos: int,
-                   slots: int = 0, fixed: bool = False, **facts) -> None:
+                   slots: int = 0, **facts) -> None:
     """Seconds per 1,000 response tokens of `sample` and of generate(),
     which takes `slots` rows at a time (0: all of them).
 
@@ -69,8 +69,7 @@ def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: in
 
     def ours(seed: int) -> list[int]:
         keys = [[sampling.row_key(seed, p, s) for s in range(n)] for p in range(prompts)]
-        found = sampling.sample(model, list(ids), keys, [limit] * prompts, eos=stops, vocab=vocab, slots=slots,
-                                fixed=fixed)
+        found = sampling.sample(model, list(ids), keys, [limit] * prompts, eos=stops, vocab=vocab, slots=slots)
         return [len(s.ids) for of_prompt in found for s in of_prompt]
 
     def theirs(seed: int) -> list[int]:
@@ -134,7 +133,6 @@ def bench_rollout_cuda(model, args: argparse.Namespace, limit: int = 512) -> Non
     per_token = width * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # bytes of keys and values
     for rows in (8, 64, 256):
         floor = (weights + rows * (PROMPT + limit // 2) * per_token) / bandwidth  # seconds a step
-        for fixed in (False, True):
-            # a step makes a token per row
-            bench_sampling(model, f"cuda_{rows}" + "_graphs" * fixed, args, prompts=rows // 8, n=8, limit=limit, eos=0,
-                           fixed=fixed, byte_floor=1000 * floor / rows, bandwidth=bandwidth)
+        # a step makes a token per row
+        bench_sampling(model, f"cuda_{rows}", args, prompts=rows // 8, n=8, limit=limit, eos=0,
+                       byte_floor=1000 * floor / rows, bandwidth=bandwidth)
