@@ -184,7 +184,7 @@ def test_sft_first_loss_is_the_models_own_cross_entropy(tmp_path, model_dir):
     ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["response_ids"]])
     labels = ids.clone()
     labels[:, :4] = -100  # the prompt is masked out
-    expected = float(tiny_model("qwen2")(input_ids=ids, labels=labels).loss)
+    expected = tiny_model("qwen2")(input_ids=ids, labels=labels).loss.item()
     assert read(tmp_path / "o" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
