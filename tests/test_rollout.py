@@ -11,6 +11,7 @@ from conftest import (
     assert_same_texts,
     common_tokens,
     run,
+    same_draws,
     same_rollouts,
     stage,
     tiny_model,
@@ -180,6 +181,27 @@ def test_a_draw_may_differ_where_its_uniform_lies_on_a_boundary_and_nowhere_else
         common_tokens(model, prompt, 0, [7, 5], [7, 6], temperature=0)
     with pytest.raises(AssertionError, match="the beginning of the other"):
         common_tokens(model, prompt, 0, [7], [7, 6])
+
+
+def test_another_token_in_a_file_or_in_training_is_not_taken_for_rounding(tmp_path, model_dir):
+    data = write_problems(tmp_path / "d.jsonl", 2)
+    rollout.main(rollout.get_args([*map(str, [
+        "--model", model_dir, "--data", data, "-n", 2, "--max-new-tokens", 6, "--device", "cpu",
+        "--out", tmp_path / "a", "--verifier", write_verifier(tmp_path / "v.py")])]))
+    (tmp_path / "b").mkdir()
+    one, other = tmp_path / "a/rollouts.jsonl", tmp_path / "b/rollouts.jsonl"
+    good = common.read_jsonl(one)[0]
+    for field, wrong in [("response_ids", [(good["response_ids"][0] + 75) % TOKENS]), ("answer", "x"), ("reward", 5)]:
+        other.write_text(common.to_line(good | {field: wrong}) + "".join(one.read_text().splitlines(True)[1:]))
+        with pytest.raises(AssertionError, match="position 0" if field == "response_ids" else None):
+            same_rollouts(one, other)
+    other.write_bytes(one.read_bytes())
+    assert same_rollouts(one, other)
+    for name, drawn in [("x", [[7, 0.2], [8, 0.1]]), ("near", [[7, 0.2], [9, 1e-7]]), ("far", [[7, 0.2], [9, 0.1]])]:
+        (tmp_path / f"{name}.draws0").write_text(json.dumps({"5": [[0.0, *drawn]]}))
+    assert same_draws(tmp_path / "x", tmp_path / "x") and not same_draws(tmp_path / "x", tmp_path / "near")
+    with pytest.raises(AssertionError, match="row 5, position 1: tokens 8 and 9"):
+        same_draws(tmp_path / "x", tmp_path / "far")
 
 
 def test_logprobs_of_rows_that_were_put_back_equal_teacher_forced_ones(monkeypatch):
