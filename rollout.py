@@ -39,6 +39,7 @@ from helpers.common import UserError
 from helpers.sampling import Row, Sample, decode, draw, filter_logits, new_cache, row_key, sample, uniforms  # noqa: F401
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+HINT = "The correct answer is {answer}. Knowing it, solve the problem in your own way, step by step."
 PLAIN = "Question: {problem}\n{instruction}\nAnswer:"
 DAPO = re.compile(r"\ASolve the following math problem step by step\. The last line of your response should be of the "
                   r"form Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*\Z",

@@ -66,7 +66,6 @@ from helpers.common import UserError
 # Dimension key: G group, M response tokens of a micro-batch
 
 LOG_BOUND = 20.0  # of log-differences before exp: e^20 is far beyond any clip and far from overflow
-HINT = "The correct answer is {answer}. Knowing it, solve the problem in your own way, step by step."
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--opsd-beta", type=float, default=0.5, help="[ours] JSD_beta; v1 of OPSD has 0.5, v3 has 0")
     parser.add_argument("--opsd-clip", type=float, default=0.0,
                         help="[ours] largest term of a vocabulary entry; 0 is off, as in v1 of OPSD; v3 has 0.05")
-    parser.add_argument("--opsd-hint", default=HINT,
+    parser.add_argument("--opsd-hint", default=rollout.HINT,
                         help="[ours] what the teacher reads after the problem, with {answer}")
     parser.add_argument("--eval-data", help="[ours] problems to evaluate on while training, JSONL; fields as in --data")
     parser.add_argument("--eval-every", type=int, default=10, help="[ours] steps between evaluations, step 0 included")

@@ -26,7 +26,6 @@ import rollout
 from helpers import common, controls
 from helpers.common import UserError
 
-HINT = "The correct answer is {answer}. Knowing it, solve the problem in your own way, step by step."
 LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do", "eiusmod",
          "tempor", "incididunt", "ut", "labore", "et", "dolore", "magna", "aliqua"]
 
@@ -49,7 +48,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="responses per problem: as many as a revision has continuations")
     parser.add_argument("--from", dest="start", default="hint", choices=["hint", "perturbed"],
                         help="what is sampled from instead of the plain prompt")
-    parser.add_argument("--hint", default=HINT, help="follows the problem, with {answer}")
+    parser.add_argument("--hint", default=rollout.HINT, help="follows the problem, with {answer}")
     parser.add_argument("--words", type=int, default=40, help="meaningless words of --from perturbed")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
                         help="control: the hint tells another problem's answer")
