@@ -146,16 +146,16 @@ def main(args: argparse.Namespace) -> list[dict]:
     device = common.pick_device(args)
     common.load_verifier(args.verifier)  # a wrong one is noticed before anything is written
     out = common.start_run(args.out, args, FREE)
-    results, model = [], None
+    results, policy = [], None
     for name, path in zip(distinct_names(args.model), args.model):
         one = argparse.Namespace(**vars(args) | {"model": path})
-        del model  # the one before, so that two are never in memory
-        model, tokenizer, vocab = common.load_model(one, device)
+        del policy  # the one before, so that two are never in memory
+        policy = common.load_model(one, device)
         for data, (problems, file, digest) in sets.items():
             problems = problems[:args.limit or None]
             pair = argparse.Namespace(**vars(one) | {"data": file})
             folder = common.start_run(out / name / data, pair, PAIR_FREE, data_digest=digest)
-            found = rollout.run_rollouts(model, tokenizer, vocab, problems, args.n, folder, args, f"{name} {data}")
+            found = rollout.run_rollouts(policy, problems, args.n, folder, args, f"{name} {data}")
             summary = rollout.summarise(problems, args.n, found)
             correct = [sum(found[p["id"], s][0] for s in range(args.n)) for p in problems]
             values = {str(k): [pass_at_k(args.n, c, k) for c in correct] for k in args.k}

@@ -189,14 +189,15 @@ def cut(response_ids: list[int], rho: float) -> int:
     return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
 
-def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argparse.Namespace, verify) -> list[dict]:
+def revise_batch(policy: common.Policy, rollouts: list[dict], args: argparse.Namespace, verify) -> list[dict]:
     """Algorithm 1, decoding, verification and projection for failed rollouts (records of rollout.py).
 
     A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one. Returns one record per
     rollout, in order; in float32 nothing in it depends on the batch, up to rounding (see helpers/sampling.py).
     """
+    model, tokenizer = policy.model, policy.tokenizer
     W = model.get_input_embeddings().weight.detach()
-    allowed = allowed_rows(tokenizer, vocab, len(W), args.vertex_rows).to(W.device)
+    allowed = allowed_rows(tokenizer, policy.vocab, len(W), args.vertex_rows).to(W.device)
     batch = []
     cuts = [0 if args.start == "scratch" else cut(r["response_ids"], args.rho) for r in rollouts]
     for r, n in zip(rollouts, cuts):
@@ -209,17 +210,14 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
     else:  # controls: hard prefix, or none
         prefixes = [dict.fromkeys(steps, soft_prefix(W, f.atoms, f.weights)) for f in batch]
     results = [{} for _ in batch]
-    eos = common.eos_ids(model, tokenizer)
     questions = [W[torch.tensor(f.q, device=W.device)] for f in batch]  # Embed(q), each (Q, D)
     keys = [[rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
             for f in batch]
-    context = common.context_length(model)
-    limits = [int(min(args.max_new_tokens - len(f.r), context - len(f.q) - len(f.r))) for f in batch]
+    limits = [int(min(args.max_new_tokens - len(f.r), policy.context - len(f.q) - len(f.r))) for f in batch]
     for step in sorted(steps):
         prompts = [torch.cat([q, E[step].to(q.dtype)]) for q, E in zip(questions, prefixes)]
-        samples = rollout.sample(model, prompts, keys, limits, eos=eos, vocab=vocab, temperature=args.temperature,
-                                 top_k=args.top_k, top_p=args.top_p, slots=args.batch_size,
-                                 max_tokens=args.max_batch_tokens)
+        samples = rollout.sample(policy, prompts, keys, limits, temperature=args.temperature, top_k=args.top_k,
+                                 top_p=args.top_p, slots=args.decode_rows, max_tokens=args.decode_tokens)
         for result, s in zip(results, samples):
             result[step] = s
 
@@ -228,7 +226,7 @@ def revise_batch(model, tokenizer, vocab: int, rollouts: list[dict], args: argpa
         # Eq. (8); a prefix that did not move is its own tokens
         moved = f.gaps or f.gammas  # Adam has no gammas, noise no gaps
         projected = best_rows(E[args.revision_steps], W, allowed, args.projection).tolist() if moved else f.r
-        ends = bool(set(projected) & set(eos))  # the policy would have stopped there: no trajectory of its own
+        ends = bool(set(projected) & set(policy.eos))  # the policy would have stopped there: no trajectory of its own
         curve = {}
         for step, samples in result.items():
             soft_text = [tokenizer.decode(f.r + s.ids, skip_special_tokens=True) for s in samples]
@@ -350,15 +348,15 @@ def read_failures(file: Path, rho: float) -> tuple[dict[str, list[Entry]], int]:
     return {i: entries for i, entries in failures.items() if entries}, skipped
 
 
-def check_rollout(r: dict, model, vocab: int, args: argparse.Namespace) -> None:
+def check_rollout(policy: common.Policy, r: dict, args: argparse.Namespace) -> None:
     """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a continuation."""
-    context = common.context_length(model)
+    context = policy.context
     where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
-    rollout.check_ids(r, vocab, where)
+    rollout.check_ids(r, policy.vocab, where)
     n = cut(r["response_ids"], args.rho)
     most = min(len(r["prompt_ids"]) + args.max_new_tokens, context)
-    if 0 < args.max_batch_tokens < most:
-        raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: {where[12:]} and its longest continuation "
+    if 0 < args.decode_tokens < most:
+        raise UserError(f"--decode-tokens {args.decode_tokens}: {where[12:]} and its longest continuation "
                         f"take {most}")
     if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
         raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
@@ -384,7 +382,7 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--continuations", type=int, default=8, help="[Fig. 3] continuations per revised prefix")
     parser.add_argument("--from", dest="start", default="soft", choices=["soft", "hard-prefix", "scratch"],
                         help="[ours] controls: continue the unrevised prefix, or sample anew from the prompt")
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="[ours] padded tokens of the failed rollouts "
+    parser.add_argument("--revise-tokens", type=int, default=16384, help="[ours] padded tokens of the failed rollouts "
                         "revised together: the memory flag of the revision")
     parser.add_argument("--record-every", type=int, default=0, help="[Fig. 3] also decode after every so many steps")
     controls.add_control_args(parser)
@@ -394,7 +392,7 @@ def check_revision_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0,
                        "gamma0": 0 < args.gamma0 <= 1, "continuations": args.continuations > 0,
-                       "record_every": args.record_every >= 0, "batch_tokens": args.batch_tokens > 0,
+                       "record_every": args.record_every >= 0, "revise_tokens": args.revise_tokens > 0,
                        "min_logprob": args.min_logprob is None or abs(args.min_logprob) < float("inf"),
                        **{k: abs(getattr(args, k)) < float("inf") for k in (
                            "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
@@ -420,7 +418,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = (*rollout.FREE, "batch_tokens", "checkpoint_activations")  # these change a result by float32 rounding alone
+FREE = (*rollout.FREE, "revise_tokens", "checkpoint_activations")  # these change a result by float32 rounding alone
 
 
 def main(args: argparse.Namespace) -> None:
@@ -440,7 +438,7 @@ def main(args: argparse.Namespace) -> None:
     # === revise: batches of prompts, each prompt's failed rollouts in turn until one is recovered ===
     final = out / "revised.jsonl"
     if not final.exists():
-        model, tokenizer, vocab = common.load_model(args, device)
+        policy = common.load_model(args, device)
         verify = common.load_verifier(args.verifier)
         part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
 
@@ -450,12 +448,12 @@ def main(args: argparse.Namespace) -> None:
 
         names = list(failures)
         longest = [max(entry.tokens for entry in failures[i]) for i in names]
-        batches = [[names[k] for k in batch] for batch in common.batches_by_length(longest, args.batch_tokens)]
+        batches = [[names[k] for k in batch] for batch in common.batches_by_length(longest, args.revise_tokens)]
         mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
         for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
             for entry in failures[i]:
-                check_rollout(common.read_at(*entry.place), model, vocab, args)
-                answer_ids(tokenizer, args.template, guide.get(i, entry.answer))
+                check_rollout(policy, common.read_at(*entry.place), args)
+                answer_ids(policy.tokenizer, args.template, guide.get(i, entry.answer))
         bar = tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt", disable=common.rank() > 0)
         found = seen = 0
         for batch in mine:
@@ -463,7 +461,7 @@ def main(args: argparse.Namespace) -> None:
             for attempt in range(max(len(failures[i]) for i in batch)):
                 rows = [common.read_at(*failures[i][attempt].place) for i in unsolved if attempt < len(failures[i])]
                 rows = [r | ({"guide_answer": guide[r["id"]]} if guide else {}) for r in rows]
-                records += revise_batch(model, tokenizer, vocab, rows, args, verify) if rows else []
+                records += revise_batch(policy, rows, args, verify) if rows else []
                 solved = {r["id"] for r in records if r["recovered"]}
                 unsolved = [i for i in unsolved if i not in solved]
             common.append_jsonl(part, [r for r in records if (r["id"], r["sample"]) not in done])

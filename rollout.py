@@ -13,9 +13,9 @@ helpers/sampling.py. Processes claim problems from one list as their batches hav
 append what is finished to a part file each; killed at any moment, the same command samples what is missing, and the
 files are the same but for such rounding: about two tokens in ten million.
 
-Memory  --max-batch-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a
+Memory  --decode-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a
         token for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights). A pass over new prompts adds 8,192
-        tokens at most. --batch-size: the most sequences decoded together, which bounds the logits, size x vocabulary.
+        tokens at most. --decode-rows: the most sequences decoded together, which bounds the logits, size x vocabulary.
 
 Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is replaced); sampling
 settings are these flags alone, never those of a checkpoint's generation_config.
@@ -123,22 +123,21 @@ def add_text(problem: str | list[dict], before: str = "", after: str = "") -> st
     return [*problem[:-1], problem[-1] | {"content": add_text(problem[-1]["content"], before, after)}]
 
 
-def add_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace) -> None:
+def add_prompts(policy: common.Policy, problems: list[dict], args: argparse.Namespace) -> None:
     """Give each problem its `prompt_ids` and `limit`, the response tokens its context leaves (<= --max-new-tokens)."""
-    context = common.context_length(model)
     for p in problems:
-        p["prompt_ids"] = prompt_ids(tokenizer, p["problem"], args)
-        if not 0 < len(p["prompt_ids"]) < context:
+        p["prompt_ids"] = prompt_ids(policy.tokenizer, p["problem"], args)
+        if not 0 < len(p["prompt_ids"]) < policy.context:
             raise UserError(f"problem {p['id']!r} is {len(p['prompt_ids'])} tokens long, and the context of "
-                            f"--model holds {context}")
-        p["limit"] = int(min(args.max_new_tokens, context - len(p["prompt_ids"])))
-        if 0 < args.max_batch_tokens < len(p["prompt_ids"]) + p["limit"]:
-            raise UserError(f"--max-batch-tokens {args.max_batch_tokens}: problem {p['id']!r} and its longest response "
+                            f"--model holds {policy.context}")
+        p["limit"] = int(min(args.max_new_tokens, policy.context - len(p["prompt_ids"])))
+        if 0 < args.decode_tokens < len(p["prompt_ids"]) + p["limit"]:
+            raise UserError(f"--decode-tokens {args.decode_tokens}: problem {p['id']!r} and its longest response "
                             f"take {len(p['prompt_ids']) + p['limit']}")
 
 
 # --- rollouts of a problem set ---------------------------------------------------------------------------------------
-def sample_records(model, tokenizer, vocab: int, rows: Iterable[tuple[dict, int]], verify, args, seed_parts: tuple,
+def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], verify, args, seed_parts: tuple,
                    slots: int) -> Iterator[list[dict]]:
     """Rollout records of (problem, sample number) pairs, in lists of those that finish together; row keys are
     (*seed_parts, id, sample). Pairs are taken as slots become free; those of one problem should follow each other."""
@@ -149,13 +148,12 @@ def sample_records(model, tokenizer, vocab: int, rows: Iterable[tuple[dict, int]
                 problem, prompt = p, torch.tensor(p["prompt_ids"])  # one tensor for its samples: one prefill
             yield Row(prompt, row_key(*seed_parts, p["id"], number), p["limit"], (p, number))
 
-    for finished in decode(model, queue(), slots=slots, max_tokens=args.max_batch_tokens,
-                           eos=common.eos_ids(model, tokenizer), vocab=vocab, temperature=args.temperature,
-                           top_k=args.top_k, top_p=args.top_p):
+    for finished in decode(policy, queue(), slots=slots, max_tokens=args.decode_tokens,
+                           temperature=args.temperature, top_k=args.top_k, top_p=args.top_p):
         records = []
         for row in finished:
             p, number = row.tag
-            text = tokenizer.decode(row.ids, skip_special_tokens=True)
+            text = policy.tokenizer.decode(row.ids, skip_special_tokens=True)
             records.append({"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"], "response_ids": row.ids,
                             "response": text, "finish": row.finish, "reward": int(bool(verify(text, p["answer"]))),
                             "answer": p["answer"]})
@@ -204,7 +202,7 @@ class Progress:
                                  f"pass {hits / max(rollouts, 1):.3f}, zero-hit {zero}/{full}")
 
 
-def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out: Path, args, label: str) -> dict:
+def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path, args, label: str) -> dict:
     """Sample and verify n responses to every problem into out/rollouts.jsonl; returns its outcomes.
 
     Each rank appends what it finishes to its own part file; what is there already is not sampled again. When all is
@@ -219,11 +217,11 @@ def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out
                             "and they are sampled again")
         return found
     verify = common.load_verifier(args.verifier)
-    add_prompts(problems, model, tokenizer, args)
+    add_prompts(policy, problems, args)
     part, done = common.open_part(out, "rollouts", outcome)
     todo = [(p, [s for s in range(n) if (p["id"], s) not in done]) for p in problems]
     # No more slots than a rank's share of the rows: else the first ranks would take all of a small set
-    slots = min(args.batch_size, max(1, math.ceil((len(problems) * n - len(done)) / common.world_size())))
+    slots = min(args.decode_rows, max(1, math.ceil((len(problems) * n - len(done)) / common.world_size())))
     pieces = [(p, numbers[i:i + slots]) for p, numbers in todo for i in range(0, len(numbers), slots)]
     claims = common.Counter()
 
@@ -234,7 +232,7 @@ def run_rollouts(model, tokenizer, vocab: int, problems: list[dict], n: int, out
             yield from ((p, s) for s in numbers)
 
     progress = Progress(problems, n, {key: reward for key, (_, _, _, (reward, _, _)) in done.items()}, label)
-    for records in sample_records(model, tokenizer, vocab, claimed(), verify, args, (args.seed,), slots):
+    for records in sample_records(policy, claimed(), verify, args, (args.seed,), slots):
         common.append_jsonl(part, records)
         progress.add(records)
     progress.show()  # everybody's remainder, before rank 0 reads the sums
@@ -265,8 +263,8 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     parser.add_argument("--seed", type=int, default=0, help="[ours] all random numbers are functions of it")
     parser.add_argument("--verifier", default="verifier.py:verify", help="[ours] path.py:function(response, gold)")
     parser.add_argument("--limit", type=int, default=0, help="[ours] only the first so many problems; 0 for all")
-    parser.add_argument("--batch-size", type=int, default=64, help="[ours] most sequences decoded together")
-    parser.add_argument("--max-batch-tokens", type=int, default=2**18, help="[ours] most tokens in the KV cache, "
+    parser.add_argument("--decode-rows", type=int, default=64, help="[ours] most sequences decoded together")
+    parser.add_argument("--decode-tokens", type=int, default=2**18, help="[ours] most tokens in the KV cache, "
                         "prompts and responses: the memory flag; 0 is no bound")
 
 
@@ -284,7 +282,7 @@ def check_sampling_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1, "top_k": args.top_k >= 0,
                        "max_new_tokens": args.max_new_tokens > 0, "limit": args.limit >= 0,
-                       "batch_size": args.batch_size > 0, "max_batch_tokens": args.max_batch_tokens >= 0}.items():
+                       "decode_rows": args.decode_rows > 0, "decode_tokens": args.decode_tokens >= 0}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
 
@@ -301,7 +299,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-FREE = ("device", "batch_size", "max_batch_tokens")  # these change a result by float32 rounding alone
+FREE = ("device", "decode_rows", "decode_tokens")  # these change a result by float32 rounding alone
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -311,8 +309,8 @@ def main(args: argparse.Namespace) -> dict:
     problems = read_problems(args.data, args)
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
-    model, tokenizer, vocab = common.load_model(args, device)
-    found = run_rollouts(model, tokenizer, vocab, problems, args.n, out, args, "rollout")
+    policy = common.load_model(args, device)
+    found = run_rollouts(policy, problems, args.n, out, args, "rollout")
     summary = summarise(problems, args.n, found)
     if common.rank() == 0:
         zero = [p for p in problems if not any(found[p["id"], s][0] for s in range(args.n))]

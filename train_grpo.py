@@ -106,30 +106,30 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
 
 
 # --- one step's data -------------------------------------------------------------------------------------------------
-def sample_groups(model, tokenizer, vocab: int, problems: list[dict], key: tuple, args, verify) -> list[list[dict]]:
+def sample_groups(policy: common.Policy, problems: list[dict], key: tuple, args, verify) -> list[list[dict]]:
     """N rollout records for each problem. key: seed, step and round, so that a prompt seen again is sampled anew."""
     groups = {p["id"]: [] for p in problems}
     rows = ((p, s) for p in problems for s in range(args.group_size))
-    for records in rollout.sample_records(model, tokenizer, vocab, rows, verify, args, key, args.batch_size):
+    for records in rollout.sample_records(policy, rows, verify, args, key, args.decode_rows):
         for r in records:
             groups[r["id"]].append(r)
     return [sorted(group, key=lambda r: r["sample"]) for group in groups.values()]  # they finish in any order
 
 
-def add_teacher_prompts(problems: list[dict], model, tokenizer, args: argparse.Namespace) -> None:
+def add_teacher_prompts(policy: common.Policy, problems: list[dict], args: argparse.Namespace) -> None:
     """opsd: give each problem its `teacher_ids`, the prompt of the teacher that sees the gold answer;
     it must leave room."""
-    context = common.context_length(model)
+    context = policy.context
     for p in problems:
         hinted = rollout.add_text(p["problem"], after=args.opsd_hint.replace("{answer}", p["answer"]))
-        p["teacher_ids"] = rollout.prompt_ids(tokenizer, hinted, args)
+        p["teacher_ids"] = rollout.prompt_ids(policy.tokenizer, hinted, args)
         if len(p["teacher_ids"]) >= context:
             raise UserError(f"--opsd-hint: with it problem {p['id']!r} is {len(p['teacher_ids'])} tokens long, and the "
                             f"context of --model holds {context}")
         p["limit"] = int(min(p["limit"], context - len(p["teacher_ids"])))
 
 
-def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, args,
+def rescue(policy: common.Policy, groups: list[list[dict]], key: tuple, args,
            verify) -> tuple[list[list[dict]], int]:
     """Revise one failed rollout of every zero-hit group; a recovered trajectory takes its place (or is appended).
 
@@ -142,9 +142,9 @@ def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, a
             failed[k] = long_enough[0]
     args = argparse.Namespace(**vars(args) | {"seed": rollout.row_key(*key)})  # new numbers each step
     groups, rescued, keys = list(groups), 0, list(failed)
-    for batch in training.micro_batches([failed[k] for k in keys], args.batch_tokens):
+    for batch in training.micro_batches([failed[k] for k in keys], args.revise_tokens):
         chunk = [keys[i] for i in batch]
-        records = revise.revise_batch(model, tokenizer, vocab, [failed[k] for k in chunk], args, verify)
+        records = revise.revise_batch(policy, [failed[k] for k in chunk], args, verify)
         for k, record in zip(chunk, records):
             for t in revise.trajectories(record)[:1]:
                 t |= {"injected": True}
@@ -154,7 +154,7 @@ def rescue(model, tokenizer, vocab: int, groups: list[list[dict]], key: tuple, a
     return groups, rescued
 
 
-def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, cursor: int, args, verify) -> tuple:
+def collect(policy: common.Policy, problems: list[dict], step: int, cursor: int, args, verify) -> tuple:
     """This rank's groups for one step, the next data cursor, and counts over all ranks of what was sampled and rescued.
 
     Prompt j of a round belongs to rank j mod world. With --algo dapo, groups without signal are dropped and further
@@ -166,19 +166,19 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
     kept, longest, seconds, mine = 0, 0, {"seconds_sample": 0.0, "seconds_revise": 0.0}, []
     for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
         key = (args.seed, "grpo", step, turn)
-        order = training.draw_rows(len(problems), cursor, min(args.batch_prompts, len(problems)), args.seed)
+        order = training.draw_rows(len(problems), cursor, min(args.batch_size, len(problems)), args.seed)
         cursor += len(order)
         order = list(dict.fromkeys(order))  # a round across the end of an epoch can draw a prompt twice
         own = [problems[i] for i in order[common.rank()::common.world_size()]]
         start = time.time()
-        groups = sample_groups(model, tokenizer, vocab, own, key, args, verify)
+        groups = sample_groups(policy, own, key, args, verify)
         middle = time.time()
         hits = [sum(r["reward"] for r in g) for g in groups]
         responses = [r for g in groups for r in g]  # of the policy alone, before any rescue
         lengths = [len(r["response_ids"]) for r in responses]
         longest = max([longest, *lengths])
         if args.revise:
-            groups, rescued = rescue(model, tokenizer, vocab, groups, key, args, verify)
+            groups, rescued = rescue(policy, groups, key, args, verify)
             counts["rescued"] += rescued
         seconds["seconds_sample"] += middle - start
         seconds["seconds_revise"] += time.time() - middle
@@ -188,10 +188,10 @@ def collect(model, tokenizer, vocab: int, problems: list[dict], step: int, curso
         places = sorted((common.rank() + j * common.world_size(), s or args.algo != "dapo")
                         for j, s in enumerate(signal))
         everyone = sorted(place for ranks in common.gather(places) for place in ranks)
-        wanted = {place for place, _ in [x for x in everyone if x[1]][:args.batch_prompts - kept]}
+        wanted = {place for place, _ in [x for x in everyone if x[1]][:args.batch_size - kept]}
         mine += [g for j, g in enumerate(groups) if common.rank() + j * common.world_size() in wanted]
         kept += len(wanted)
-        if kept == args.batch_prompts:
+        if kept == args.batch_size:
             break
     counts = {k: training.total(v) for k, v in counts.items()}
     return mine, cursor, counts | seconds | {"kept": kept, "longest": max(common.gather(longest))}
@@ -220,7 +220,7 @@ def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespa
     tokens = training.total(sum(len(r["response_ids"]) for r in rows))  # all ranks, before the first forward
     if tokens == 0:
         return {}
-    plan = [[rows[i] for i in indices] for indices in training.plan(rows, args.micro_batch_tokens)]
+    plan = [[rows[i] for i in indices] for indices in training.plan(rows, args.train_tokens)]
     old, refs = {}, {}
     with torch.no_grad():
         for k, batch in enumerate(plan):
@@ -241,12 +241,12 @@ def update(model, reference, optimizer, rows: list[dict], args: argparse.Namespa
 
 
 # --- evaluation while training ---------------------------------------------------------------------------------------
-def evaluate(actor, tokenizer, vocab: int, problems: list[dict], step: int, out: Path, args) -> dict:
+def evaluate(policy: common.Policy, problems: list[dict], step: int, out: Path, args) -> dict:
     """pass@1 and pass@n of the present policy by the code and the estimator of eval.py; its samples are in OUT/eval."""
     start = time.time()
     folder = out / "eval" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    found = rollout.run_rollouts(actor, tokenizer, vocab, problems, args.eval_n, folder, args, f"eval {step}")
+    found = rollout.run_rollouts(policy, problems, args.eval_n, folder, args, f"eval {step}")
     summary = rollout.summarise(problems, args.eval_n, found)
     correct = [sum(found[p["id"], s][0] for s in range(args.eval_n)) for p in problems]
     rates = {f"eval_pass@{k}": sum(evaluation.pass_at_k(args.eval_n, c, k) for c in correct) / len(correct)
@@ -276,7 +276,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--algo", default="grpo", choices=["grpo", "dapo", "opsd"],
                         help="[Tables 1, 2] dapo and opsd are baselines there")
     parser.add_argument("--group-size", type=int, help="[Table 7] N = 8 responses per prompt; opsd: 1, as its paper")
-    parser.add_argument("--batch-prompts", type=int, default=512, help="[Table 7] prompts per step (train batch)")
+    parser.add_argument("--batch-size", type=int, default=512, help="[Table 7] prompts per step (train batch)")
     parser.add_argument("--kl-coef", type=float, help="[Table 7] 0.001 for grpo; 0 for dapo and opsd")
     parser.add_argument("--clip-low", type=float, default=0.2, help="[ours] PPO's; the paper names none")
     parser.add_argument("--clip-high", type=float, help="[ours] 0.2 for grpo; 0.28 for dapo")
@@ -322,7 +322,7 @@ def check_args(args: argparse.Namespace) -> None:
     rollout.check_sampling_args(args)
     revise.check_revision_args(args)
     training.check_training_args(args)
-    for flag, low in {"group_size": 1 if args.algo == "opsd" else 2, "batch_prompts": 1, "updates": 1, "resample": 0,
+    for flag, low in {"group_size": 1 if args.algo == "opsd" else 2, "updates": 1, "resample": 0,
                       "overlong_buffer": 0, "kl_coef": 0, "clip_low": 0, "clip_high": 0, "opsd_beta": 0, "opsd_clip": 0,
                       "eval_every": 1, "eval_n": 1, "sample_every": 0, "sample_groups": 0, "warn_after": 0}.items():
         if not getattr(args, flag) >= low:  # true of nan as well
@@ -366,17 +366,18 @@ def main(args: argparse.Namespace) -> None:
             print(f"{out / 'model'} is trained already")
         return
     verify = common.load_verifier(args.verifier)
-    model, tokenizer, vocab = training.load_model(args, device, train=True)
+    trained = training.load_model(args, device, train=True)
+    model, tokenizer = trained.model, trained.tokenizer
     for some in (problems, test):
-        rollout.add_prompts(some, model, tokenizer, args)
+        rollout.add_prompts(trained, some, args)
     for p in problems if args.revise else []:  # before any work, not in the middle of it
         revise.answer_ids(tokenizer, args.template, p["answer"])
     if args.algo == "opsd":
-        add_teacher_prompts(problems, model, tokenizer, args)
+        add_teacher_prompts(trained, problems, args)
     teacher_ids = {p["id"]: p.get("teacher_ids") for p in problems}
     # The initial model, also after a restart: reference of the KL, or the teacher of opsd
-    reference = training.load_model(args, device)[0] if args.kl_coef or args.algo == "opsd" else None
-    actor = training.load_actor(model, args, device)
+    reference = training.load_model(args, device).model if args.kl_coef or args.algo == "opsd" else None
+    policy = trained._replace(model=training.load_actor(model, args, device))  # that samples and revises
     optimizer = training.make_optimizer(model, args)
     state = {"cursor": 0} | checkpoints.load(out, model, optimizer)
     checkpoints.check_steps(args.steps, state)
@@ -386,17 +387,17 @@ def main(args: argparse.Namespace) -> None:
     bar = tqdm(range(state["step"] + 1, args.steps + 2), desc=args.algo, unit="step", initial=state["step"],
                total=args.steps, disable=common.rank() > 0)
     for step in bar:
-        training.refresh(actor, model)
+        training.refresh(policy.model, model)
 
         # === evaluate what the steps before have made ===
         if test and (step - 1) % args.eval_every == 0 and step - 1 not in done:
-            log(evaluate(actor, tokenizer, vocab, test, step - 1, out, args), "eval.jsonl")
+            log(evaluate(policy, test, step - 1, out, args), "eval.jsonl")
         if step > args.steps:
             break
 
         # === sample, verify, revise ===
         groups, state["cursor"], counts = collect(
-            actor, tokenizer, vocab, problems, step, state["cursor"], args, verify)
+            policy, problems, step, state["cursor"], args, verify)
 
         # === advantages ===
         rows = []
@@ -433,8 +434,8 @@ def main(args: argparse.Namespace) -> None:
                     for r in sorted(rows, key=lambda r: r["id"] not in rescued)[:shown]])
             bar.set_postfix_str(f"reward {counts['hits'] / counts['sampled']:.3f}, zero-hit {shares['zero_hit']:.2f}, "
                                 f"rescued {shares['rescued']:.2f}", refresh=False)
-            if args.algo == "dapo" and counts["kept"] < args.batch_prompts:
-                bar.write(f"step {step}: only {counts['kept']} of {args.batch_prompts} groups had signal after "
+            if args.algo == "dapo" and counts["kept"] < args.batch_size:
+                bar.write(f"step {step}: only {counts['kept']} of {args.batch_size} groups had signal after "
                           f"{args.resample} further rounds")
             if silent == args.warn_after > 0 and args.algo != "opsd":
                 bar.write(f"warning: no group of the last {silent} steps had both right and wrong responses, "

@@ -23,20 +23,19 @@ from helpers import checkpoints, common, training
 from helpers.common import UserError
 
 
-def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> list[dict]:
+def read_rows(policy: common.Policy, paths: list[str], args: argparse.Namespace) -> list[dict]:
     """Training rows {prompt_ids, response_ids}. Raises UserError naming file and record for one that cannot be used."""
-    context = common.context_length(model)
-    rows = []
+    tokenizer, rows = policy.tokenizer, []
     for path in paths:
         for number, r in enumerate(common.read_jsonl(path), 1):
             where = f"{path}: record {number}"
             if r.get("reward", 1) == 0:
                 continue
             if "prompt_ids" in r and "response_ids" in r:
-                rollout.check_ids(r, model.get_input_embeddings().num_embeddings, where)
+                rollout.check_ids(r, policy.model.get_input_embeddings().num_embeddings, where)
                 row = {"prompt_ids": r["prompt_ids"], "response_ids": r["response_ids"]}
             elif "problem" in r and isinstance(r.get("response"), str):
-                end = common.eos_ids(model, tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+                end = policy.eos[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
                 try:
                     response = tokenizer(r["response"], add_special_tokens=False)["input_ids"]
                 except TypeError:
@@ -45,8 +44,8 @@ def read_rows(paths: list[str], model, tokenizer, args: argparse.Namespace) -> l
                        "response_ids": [*response, end]}
             else:
                 raise UserError(f"{where}: needs prompt_ids and response_ids, or problem and response")
-            if len(row["prompt_ids"]) + len(row["response_ids"]) > context:
-                raise UserError(f"{where}: longer than the context of --model, {context} tokens")
+            if len(row["prompt_ids"]) + len(row["response_ids"]) > policy.context:
+                raise UserError(f"{where}: longer than the context of --model, {policy.context} tokens")
             rows.append(row)
     if not rows:
         raise UserError(f"{' '.join(paths)}: no rows to train on (rows with reward 0 are left out)")
@@ -77,8 +76,9 @@ def main(args: argparse.Namespace) -> None:
         if common.rank() == 0:
             print(f"{out / 'model'} is trained already")
         return
-    model, tokenizer, _ = training.load_model(args, device, train=True)
-    rows = read_rows(args.data, model, tokenizer, args)
+    policy = training.load_model(args, device, train=True)
+    model, tokenizer = policy.model, policy.tokenizer
+    rows = read_rows(policy, args.data, args)
     optimizer = training.make_optimizer(model, args)
     state = checkpoints.load(out, model, optimizer)
     checkpoints.check_steps(args.steps, state)
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         tokens = sum(lengths)  # of all processes, before any forward
         mine = batch[common.rank()::common.world_size()]
         loss_sum = entropy_sum = 0.0
-        for indices in training.plan(mine, args.micro_batch_tokens):
+        for indices in training.plan(mine, args.train_tokens):
             with common.checkpointed(model, args.checkpoint_activations):
                 logp, entropy, _ = training.response_logprobs(model, [mine[i] for i in indices])
                 loss = -logp.sum() / tokens  # denominator: response tokens of the whole optimizer step

@@ -77,16 +77,16 @@ def main(args: argparse.Namespace) -> None:
         told = controls.permuted_answers(told, args.seed)
     device = common.pick_device(args)
     out = common.start_run(args.out, args, rollout.FREE, data_digest=common.file_digest(args.data))
-    model, tokenizer, vocab = common.load_model(args, device)
+    policy = common.load_model(args, device)
 
     # === sample from the other prompt: rollout.py's files, and its resume ===
     others = [p | {"problem": other_prompt(p, told[p["id"]], args)} for p in problems]
-    rollout.run_rollouts(model, tokenizer, vocab, others, args.n, out, args, args.start)
+    rollout.run_rollouts(policy, others, args.n, out, args, args.start)
 
     # === the right ones, as if they had been drawn from the plain prompt ===
     if common.rank() == 0:
         verify = common.load_verifier(args.verifier)
-        plain = {p["id"]: rollout.prompt_ids(tokenizer, p["problem"], args) for p in problems}
+        plain = {p["id"]: rollout.prompt_ids(policy.tokenizer, p["problem"], args) for p in problems}
         rows = common.read_jsonl(out / "rollouts.jsonl")
         recovered = [r | {"prompt_ids": plain[r["id"]]} for r in rows if r["reward"]]
         common.write_atomic(out / "recovered.jsonl", "".join(map(common.to_line, recovered)))

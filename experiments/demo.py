@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = {"hard": 300, "test": 150, "attempts": 3, "steps": 16, "batch": 16, "record": 2}
 QUICK = {"hard": 48, "test": 24, "attempts": 2, "steps": 6, "batch": 8, "record": 5}
 CONTINUATIONS = 8
-LENGTH = "--max-new-tokens 160 --batch-size 512"
+LENGTH = "--max-new-tokens 160 --decode-rows 512"
 PROBLEMS = f"{LENGTH} --instruction ''"
 METHODS = {"LatentRevise": "", "fresh sampling": "--from scratch", "hard prefix": "--from hard-prefix",
            "random vertices": "--vertices random", "permuted gold": "--gold permuted"}
@@ -190,7 +190,8 @@ def main(args: argparse.Namespace) -> None:
              f"--out {out}/rollouts", processes=2)
 
     # === recovery: the method and its controls, same prompts, same number of continuations ===
-    revise = f"revise.py {model} --rollouts {out}/rollouts --continuations {CONTINUATIONS} {LENGTH} --batch-tokens 4096"
+    revise = (f"revise.py {model} --rollouts {out}/rollouts --continuations {CONTINUATIONS} {LENGTH} "
+              "--revise-tokens 4096")
     template = f"--template '{toy.TEMPLATE}'"
     folders = {name: out / "revise" / name.replace(" ", "-").lower() for name in METHODS}
     commands = {name: f"{revise} {template} {flags or '--record-every ' + str(size['record'])} "
@@ -201,15 +202,15 @@ def main(args: argparse.Namespace) -> None:
 
     # === training: the same zero-hit prompts for every arm ===
     zero = f"{out}/rollouts/zero_hit.jsonl"
-    grpo = (f"train_grpo.py {model} --data {zero} {PROBLEMS} --batch-prompts {size['batch']} "
-            f"--steps {size['steps']} --lr {args.lr} --micro-batch-tokens 8192")
-    sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --micro-batch-tokens 8192"
+    grpo = (f"train_grpo.py {model} --data {zero} {PROBLEMS} --batch-size {size['batch']} "
+            f"--steps {size['steps']} --lr {args.lr} --train-tokens 8192")
+    sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --train-tokens 8192"
     fresh = CONTINUATIONS * size["attempts"]  # rejection sampling has as many samples as the revision had continuations
     samples = out / "rft-samples" / "rollouts.jsonl"
     if not args.quick:
         run(out, f"rollout.py {model} --data {zero} -n {fresh} --seed 1 {PROBLEMS} --out {out}/rft-samples",
             processes=2)
-    method = f"--revise {template} --batch-tokens 4096"
+    method = f"--revise {template} --revise-tokens 4096"
     arms = {
         "RFT": f"{sft} --data {samples}",
         "GRPO N=8": grpo, "GRPO N=16": f"{grpo} --group-size 16", "DAPO": f"{grpo} --algo dapo",

@@ -66,10 +66,10 @@ HARD = {
     "SFT+LatentRevise": "revise/latentrevise/recovered.jsonl",
     "SFT+LatentRevise, sound only": "recovered-sound.jsonl",
     "SFT+LatentRevise, likely only": "revise/likely-only/recovered.jsonl",
-    "GRPO+LatentRevise": "--revise --template '{template}' --batch-tokens 4096",
-    "GRPO+LatentRevise, likely only": "--revise --template '{template}' --batch-tokens 4096 " + LIKELY,
-    "GRPO+LatentRevise, LUFFY": "--revise --template '{template}' --batch-tokens 4096 --injected-ratio luffy",
-    "GRPO+LatentRevise, likely only, LUFFY": "--revise --template '{template}' --batch-tokens 4096 "
+    "GRPO+LatentRevise": "--revise --template '{template}' --revise-tokens 4096",
+    "GRPO+LatentRevise, likely only": "--revise --template '{template}' --revise-tokens 4096 " + LIKELY,
+    "GRPO+LatentRevise, LUFFY": "--revise --template '{template}' --revise-tokens 4096 --injected-ratio luffy",
+    "GRPO+LatentRevise, likely only, LUFFY": "--revise --template '{template}' --revise-tokens 4096 "
                                              "--injected-ratio luffy " + LIKELY}
 TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
 SHAPED = ("GRPO+LatentRevise, LUFFY", "GRPO+LatentRevise, likely only, LUFFY")  # --all
@@ -96,7 +96,7 @@ def recover(world, out: Path, bases: dict, size: dict, everything: bool) -> None
 
     def command(base: Path, name: str, flags: str, continuations: int) -> str:
         (seed, model), attempts = bases[base], "" if "--attempts" in flags else " --attempts 1"
-        return (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --batch-tokens 4096 --seed {seed} "
+        return (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --revise-tokens 4096 --seed {seed} "
                 f"--template '{world.TEMPLATE}' --continuations {continuations}{attempts} {flags.format(**size)} "
                 f"--out {base}/revise/{tables.slug(name)}")
 
@@ -127,11 +127,11 @@ def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
     def command(base: Path, arm: str, folder: str, steps: int) -> str:
         """'' where there is nothing to learn from."""
         seed, model = bases[base]
-        shared = f"--model {model} --steps {steps} --lr {LR} --micro-batch-tokens 8192 --seed {seed}"
+        shared = f"--model {model} --steps {steps} --lr {LR} --train-tokens 8192 --seed {seed}"
         flags, run = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
         if not flags.endswith(".jsonl"):
             data = "data/train.jsonl" if folder == "full" else "rollouts/zero_hit.jsonl"
-            return (f"train_grpo.py {shared} {PROBLEMS} --batch-prompts {size['batch']} --sample-every 1 "
+            return (f"train_grpo.py {shared} {PROBLEMS} --batch-size {size['batch']} --sample-every 1 "
                     f"--sample-groups 0 --data {base}/{data} {flags} {run}")
         if not any(r["reward"] for r in common.read_jsonl(base / flags)):
             return ""

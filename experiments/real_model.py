@@ -111,7 +111,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    model, tokenizer, _ = common.load_model(args, common.pick_device(args))
+    model, tokenizer, *_ = common.load_model(args, common.pick_device(args))
     W = model.get_input_embeddings().weight.detach()
     folders = sorted(p for p in Path(args.out).glob("*") if (p / "revised.jsonl").exists() or p.name in (
         "hint", "hint-permuted", "perturbed") and (p / "rollouts.jsonl").exists())

@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--model is needed: there is no {run}")
     settings = json.loads(run.read_text())["settings"] if run.exists() else {}
     path = args.model or settings["model"]
-    model, tokenizer, _ = common.load_model(argparse.Namespace(
+    model, tokenizer, *_ = common.load_model(argparse.Namespace(
         model=path, dtype=settings.get("dtype", "float32")), torch.device("cpu"))
     atoms, weights = revise.load_prefix(Path(args.file).parent, records[-1])
     try:

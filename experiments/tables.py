@@ -171,14 +171,15 @@ def trajectories(world, model, tokenizer, base: Records, name: str) -> list[dict
     tokens after the projected prefix, and `soft` after the soft one (None where that is not stored); `again`, how many
     of AGAIN continuations of the projected prefix reach the gold answer; `leaks`, whether the same prompt reached a
     wrong answer when it was steered toward that."""
-    W, eos = model.get_input_embeddings().weight.detach(), common.eos_ids(model, tokenizer)
+    W = model.get_input_embeddings().weight.detach()
+    policy = common.Policy(model, tokenizer, len(tokenizer), common.eos_ids(model, tokenizer))
     permuted = {r["id"]: r for r in base.variant("permuted gold")}
     folder, found = base.base / "revise" / slug(name), []
     for r in (r for r in base.variant(name) if r["recovered"]):
         q, projected = W[torch.tensor(r["prompt_ids"])], W[torch.tensor(r["prompt_ids"] + r["projected_ids"])]
         soft = None if name == ADAM else torch.cat([q, revise.soft_prefix(W, *revise.load_prefix(folder, r))])
         keys, limit = [rollout.row_key("again", r["id"], m) for m in range(AGAIN)], 160 - len(r["prefix_ids"])
-        fresh, = rollout.sample(model, [projected], [keys], [limit], eos=eos, vocab=len(tokenizer))
+        fresh, = rollout.sample(policy, [projected], [keys], [limit])
         texts = [tokenizer.decode(r["projected_ids"] + s.ids, skip_special_tokens=True) for s in fresh]
         facts = {"prompt": (str(base.base), r["id"]), "again": sum(verify(text, r["answer"]) for text in texts),
                  "leaks": any(c["guide_reward"] for c in permuted[r["id"]]["continuations"])}
@@ -377,7 +378,7 @@ def everything(worlds: dict, bases: dict, groups: dict, arms: dict) -> str:
         close, found = {g: [] for g in GROUPS}, []
         for b, path in zip(records, of.values()):
             args = argparse.Namespace(model=path, dtype="float32")
-            model, tokenizer, _ = common.load_model(args, torch.device("cpu"))
+            model, tokenizer, *_ = common.load_model(args, torch.device("cpu"))
             for g in GROUPS:
                 close[g] += trajectories(world, model, tokenizer, b, g)
             found += prefixes(model.get_input_embeddings().weight.detach(), tokenizer, b, "LatentRevise")

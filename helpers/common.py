@@ -17,6 +17,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,32 @@ class LostProcess(Exception):
 def printable(text: str) -> str:
     """Control characters as escapes: neither model output nor a data file may steer a terminal."""
     return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help: the docstring as it is written, and every default."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a script, whose docstring is its --help. Errors are one line; flags are not to be shortened."""
+
+    def __init__(self, description: str, **more):
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False, **more)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+def checked(kind: type, good):
+    """An argparse type: a number of this kind for which good(number) holds, and which is not nan."""
+    def parse(text: str):
+        value = kind(text)
+        if not good(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
+    return parse
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -84,8 +111,16 @@ def write_atomic(path: str | Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
-    """Where each keyed record is: {(id, sample): (path, offset, bytes, keep(record))}.
+class Place(NamedTuple):
+    """Where a record is, which is read with read_at: a file may be larger than memory."""
+    path: Path
+    offset: int
+    size: int  # bytes
+    kept: object  # what scan() was told to keep of it
+
+
+def scan(paths: list[Path], keep) -> dict[tuple[str, int], Place]:
+    """Where each keyed record is: {(id, sample): its Place, with keep(record)}.
 
     Streams, so that files larger than memory will do. Raises UserError naming path:line for a malformed record.
     """
@@ -99,7 +134,7 @@ def scan(paths: list[Path], keep) -> dict[tuple, tuple]:
                     key = record["id"], record["sample"]
                     if key in found:
                         raise ValueError(f"sample {key[1]} of {key[0]!r} is there twice")
-                    found[key] = (path, offset, len(line), keep(record))
+                    found[key] = Place(path, offset, len(line), keep(record))
                 except KeyError as e:
                     raise UserError(f"{path}:{number}: no field {e}") from None
                 except (ValueError, TypeError, RecursionError) as e:
@@ -371,8 +406,17 @@ def add_model_args(parser: argparse.ArgumentParser, several: bool = False) -> No
                         help="[ours] of all computation; auto: float32 on a CPU, bfloat16 on a GPU")
 
 
-def load_model(args: argparse.Namespace, device: torch.device, train: bool = False):
-    """The model, its tokenizer and a `vocab` size: ids at or beyond it have embedding rows but no token.
+class Policy(NamedTuple):
+    """A model and what is asked of it everywhere."""
+    model: torch.nn.Module
+    tokenizer: object
+    vocab: int  # ids at or beyond it have embedding rows but no token
+    eos: list[int]  # every id that ends a response
+    context: float = float("inf")  # positions that it has, prompt and response together
+
+
+def load_model(args: argparse.Namespace, device: torch.device, train: bool = False) -> Policy:
+    """--model, ready to draw from.
 
     safetensors only, no remote code; dtype is given at construction, since `.to(bfloat16)` would round RoPE's
     frequencies. train=True gives float32 master weights, whatever --dtype. Raises UserError naming --model, also for an
@@ -408,7 +452,8 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
     if not plain:
         raise UserError(f"--model {args.model}: {type(model).__name__} scales its embeddings or logits, "
                         "which is not supported")
-    return model, tokenizer, max(ids) + 1
+    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    return Policy(model, tokenizer, max(ids) + 1, eos_ids(model, tokenizer), context)
 
 
 @contextlib.contextmanager
@@ -428,11 +473,6 @@ def checkpointed(model, on: bool):
         if on:
             model.activation_checkpointing_disable()
             model.train(before)
-
-
-def context_length(model) -> float:
-    """Positions that a model has, prompt and response together; infinite where its configuration names none."""
-    return getattr(model.config, "max_position_embeddings", None) or float("inf")
 
 
 def eos_ids(model, tokenizer) -> list[int]:

@@ -245,16 +245,18 @@ def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, Dynamic
 
 
 @torch.no_grad()
-def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: list[int], vocab: int,
-           temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Iterator[list[Row]]:
+def decode(policy: common.Policy, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, temperature: float = 1.0,
+           top_k: int = 0, top_p: float = 1.0) -> Iterator[list[Row]]:
     """Draw all rows, at most `slots` of them at a time; yields lists of finished ones, in the order they finish.
 
-    rows are taken one by one as slots become free, so an iterator may decide late what comes next. vocab: ids at or
-    beyond it are never produced. max_tokens: the KV cache never holds more than so many (slots times columns; 0 is no
-    bound). Nothing is reserved for a row's future: when the columns of all have grown beyond the bound, the youngest
-    rows are put back, and later prefilled again with what they have; a prompt and its limit must fit on their own.
+    rows are taken one by one as slots become free, so an iterator may decide late what comes next. Ids at or beyond
+    the policy's vocab are never produced. max_tokens: the KV cache never holds more than so many (slots times
+    columns; 0 is no bound). Nothing is reserved for a row's future: when the columns of all have grown beyond the
+    bound, the youngest rows are put back, and later prefilled again with what they have; a prompt and its limit must
+    fit on their own.
     """
-    device, stops = model.device, set(eos)
+    model, vocab, stops = policy.model, policy.vocab, set(policy.eos)
+    device = model.device
     batch = Batch(model.config, slots, max_tokens)
     windowed = any(layer.is_sliding for layer in DynamicCache(config=model.config).layers)
     rows, waiting, dry, changed = iter(rows), deque(), False, True
@@ -340,7 +342,7 @@ def decode(model, rows: Iterable[Row], *, slots: int, max_tokens: int = 0, eos: 
             yield finished
 
 
-def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int], *, eos: list[int], vocab: int,
+def sample(policy: common.Policy, prompts: list[Tensor], keys: list[list[int]], limits: list[int], *,
            temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, slots: int = 0,
            max_tokens: int = 0) -> list[list[Sample]]:
     """Responses to P prompts, len(keys[p]) of them to prompt p, at most limits[p] tokens each, in the order of keys.
@@ -350,7 +352,7 @@ def sample(model, prompts: list[Tensor], keys: list[list[int]], limits: list[int
     """
     rows = [[Row(p, key, limit) for key in ks] for p, ks, limit in zip(prompts, keys, limits)]
     queue = [row for of_prompt in rows for row in of_prompt]
-    for _ in decode(model, queue, slots=slots or len(queue), max_tokens=max_tokens, eos=eos, vocab=vocab,
-                    temperature=temperature, top_k=top_k, top_p=top_p):
+    for _ in decode(policy, queue, slots=slots or len(queue), max_tokens=max_tokens, temperature=temperature,
+                    top_k=top_k, top_p=top_p):
         pass
     return [[Sample(row.ids, row.logprobs, row.finish) for row in of_prompt] for of_prompt in rows]

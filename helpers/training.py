@@ -50,11 +50,12 @@ def is_sharded(args: argparse.Namespace, device: torch.device) -> bool:
         args.dtype == "bfloat16" or device.type == "cuda" and common.world_size() > 1)
 
 
-def load_model(args: argparse.Namespace, device: torch.device, train: bool = False):
+def load_model(args: argparse.Namespace, device: torch.device, train: bool = False) -> common.Policy:
     """common.load_model, sharded where --shard says so. Host memory: each process first holds the whole model."""
     if not is_sharded(args, device):
         return common.load_model(args, device, train)
-    model, tokenizer, vocab = common.load_model(args, torch.device("cpu"), train)
+    policy = common.load_model(args, torch.device("cpu"), train)
+    model = policy.model
     common.start_group()
     how = {"mesh": init_device_mesh(device.type, (common.world_size(),))}
     if args.dtype == "bfloat16":
@@ -67,7 +68,7 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         module.set_gradient_divide_factor(1.0)  # gradients are summed, as in apply_gradients; the default is their mean
     model.inside = lambda function: function()
     register_fsdp_forward_method(model, "inside")
-    return model, tokenizer, vocab
+    return policy
 
 
 def gathered(function):
@@ -89,7 +90,7 @@ def whole(t: Tensor) -> Tensor:
 def load_actor(model, args: argparse.Namespace, device: torch.device):
     """The model that samples and revises: whole, on every process, in --dtype.
     The trained one itself where it is so."""
-    return common.load_model(args, device)[0] if isinstance(model, FSDPModule) else model
+    return common.load_model(args, device).model if isinstance(model, FSDPModule) else model
 
 
 @torch.no_grad()
@@ -286,7 +287,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=1e-5, help="[Table 7] constant learning rate of AdamW")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="[ours] the paper names none; VERL's default")
     parser.add_argument("--grad-clip", type=float, default=1.0, help="[Table 7] largest gradient norm")
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384,
+    parser.add_argument("--train-tokens", type=int, default=16384,
                         help="[ours] padded tokens per forward and backward: the memory flag of the update")
     parser.add_argument("--checkpoint-activations", action="store_true", help="[ours] recompute activations in every "
                         "backward: less memory for long rows, a third slower")
@@ -302,7 +303,7 @@ def check_training_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range."""
     for flag, good in {"steps": args.steps > 0, "batch_size": args.batch_size > 0, "lr": 0 <= args.lr < 1,
                        "weight_decay": args.weight_decay >= 0, "grad_clip": args.grad_clip > 0,
-                       "micro_batch_tokens": args.micro_batch_tokens > 0, "save_every": args.save_every >= 0}.items():
+                       "train_tokens": args.train_tokens > 0, "save_every": args.save_every >= 0}.items():
         if not good:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
     for flag, module in {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}.items():
@@ -314,5 +315,5 @@ def check_training_args(args: argparse.Namespace) -> None:
 
 
 # These do not change a result in float32: the learning rate is constant, so neither do the steps still to come
-FREE = ("device", "micro_batch_tokens", "checkpoint_activations", "shard", "save_every", "steps",
+FREE = ("device", "train_tokens", "checkpoint_activations", "shard", "save_every", "steps",
         "tensorboard", "wandb")

@@ -10,8 +10,8 @@ OUT=${OUT:-out/qwen2.5-0.5b}
 LIMIT=${LIMIT:-20}
 DTYPE=${DTYPE:-bfloat16}
 RUN="torchrun --standalone --nproc-per-node 2"
-MODELFLAGS="--model $MODEL --device cpu --dtype $DTYPE --max-new-tokens 512 --batch-size 64"
-REVISE="$MODELFLAGS --rollouts $OUT/rollouts --attempts 1 --batch-tokens 1024"
+MODELFLAGS="--model $MODEL --device cpu --dtype $DTYPE --max-new-tokens 512 --decode-rows 64"
+REVISE="$MODELFLAGS --rollouts $OUT/rollouts --attempts 1 --revise-tokens 1024"
 export OMP_NUM_THREADS=1
 
 $RUN rollout.py $MODELFLAGS --data $DATA --limit $LIMIT -n 8 --out $OUT/rollouts

@@ -10,8 +10,8 @@ OUT=${OUT:-out/qwen2.5-1.5b-full}
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 RUN="torchrun --standalone --nproc-per-node $GPUS"
 
-$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 512 --max-batch-tokens 1000000 --out $OUT/grpo
-$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 512 --max-batch-tokens 1000000 --group-size 16 --out $OUT/grpo16
-$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 512 --max-batch-tokens 1000000 --algo dapo --overlong-buffer 1024 --out $OUT/dapo
-$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --batch-size 512 --max-batch-tokens 1000000 --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/grpo/model $OUT/grpo16/model $OUT/dapo/model $OUT/ours/model --benchmarks $EVAL --batch-size 512 --max-batch-tokens 1000000 --out $OUT/eval
+$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --decode-rows 512 --decode-tokens 1000000 --out $OUT/grpo
+$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --decode-rows 512 --decode-tokens 1000000 --group-size 16 --out $OUT/grpo16
+$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --decode-rows 512 --decode-tokens 1000000 --algo dapo --overlong-buffer 1024 --out $OUT/dapo
+$RUN train_grpo.py --model $MODEL --data $DATA --steps 100 --decode-rows 512 --decode-tokens 1000000 --revise --out $OUT/ours
+$RUN eval.py --model $MODEL $OUT/grpo/model $OUT/grpo16/model $OUT/dapo/model $OUT/ours/model --benchmarks $EVAL --decode-rows 512 --decode-tokens 1000000 --out $OUT/eval

@@ -11,11 +11,11 @@ OUT=${OUT:-out/qwen2.5-1.5b}
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 RUN="torchrun --standalone --nproc-per-node $GPUS"
 
-$RUN rollout.py --model $MODEL --data $DATA -n 32 --batch-size 512 --max-batch-tokens 1000000 --out $OUT/rollouts
-$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --batch-size 128 --out $OUT/revised
+$RUN rollout.py --model $MODEL --data $DATA -n 32 --decode-rows 512 --decode-tokens 1000000 --out $OUT/rollouts
+$RUN revise.py --model $MODEL --rollouts $OUT/rollouts --decode-rows 128 --out $OUT/revised
 $RUN train_sft.py --model $MODEL --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
-$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 512 --max-batch-tokens 1000000 --out $OUT/grpo
-$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 512 --max-batch-tokens 1000000 --group-size 16 --out $OUT/grpo16
-$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 512 --max-batch-tokens 1000000 --algo opsd --out $OUT/opsd
-$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --batch-size 512 --max-batch-tokens 1000000 --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --batch-size 512 --max-batch-tokens 1000000 --out $OUT/eval
+$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --out $OUT/grpo
+$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --group-size 16 --out $OUT/grpo16
+$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --algo opsd --out $OUT/opsd
+$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --revise --out $OUT/ours
+$RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --decode-rows 512 --decode-tokens 1000000 --out $OUT/eval

@@ -11,8 +11,8 @@ MODEL=${MODEL:-Qwen/Qwen3-8B-Base}
 RUN="torchrun --standalone --nproc-per-node $GPUS"
 PROMPT="--prompt-format plain"
 
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --batch-size 256 --max-batch-tokens 200000 $PROMPT --out $OUT/grpo
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --batch-size 256 --max-batch-tokens 200000 $PROMPT --group-size 16 --out $OUT/grpo16
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --batch-size 256 --max-batch-tokens 200000 $PROMPT --algo dapo --overlong-buffer 1024 --out $OUT/dapo
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --batch-size 256 --max-batch-tokens 200000 $PROMPT --revise --out $OUT/ours
-$RUN eval.py --model $MODEL $OUT/grpo/model $OUT/grpo16/model $OUT/dapo/model $OUT/ours/model --benchmarks $EVAL --batch-size 256 --max-batch-tokens 200000 $PROMPT --out $OUT/eval
+$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --out $OUT/grpo
+$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --group-size 16 --out $OUT/grpo16
+$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --algo dapo --overlong-buffer 1024 --out $OUT/dapo
+$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $DATA --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --revise --out $OUT/ours
+$RUN eval.py --model $MODEL $OUT/grpo/model $OUT/grpo16/model $OUT/dapo/model $OUT/ours/model --benchmarks $EVAL --decode-rows 256 --decode-tokens 200000 $PROMPT --out $OUT/eval

@@ -293,7 +293,7 @@ def same_rollouts(one: Path, other: Path) -> bool:
         return True
     args = argparse.Namespace(**json.loads((one.parent / "run.json").read_text())["settings"])
     assert (args.top_k, args.top_p) == (0, 1)  # else the CDF is another one
-    model, _, vocab = common.load_model(args, torch.device("cpu"))
+    model, _, vocab, *_ = common.load_model(args, torch.device("cpu"))
     ones, others = read(one), read(other)
     assert [(r["id"], r["sample"]) for r in ones] == [(r["id"], r["sample"]) for r in others]
     for a, b in zip(ones, others):

@@ -97,7 +97,7 @@ def long(args: argparse.Namespace, path: Path) -> bool:
     subprocess.run([*python, "-m", "toy.sums", "data", "--out", str(path / "data")], cwd=ROOT, check=True)
     command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py",
                "--model", "toy/sums_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise",
-               "--device", "cpu", "--steps", str(args.steps), "--batch-prompts", "4", "--group-size", "4",
+               "--device", "cpu", "--steps", str(args.steps), "--batch-size", "4", "--group-size", "4",
                "--max-new-tokens", "96", "--instruction", "", "--template", toy.TEMPLATE, "--save-every", "20",
                "--lr", "1e-4"]
     # glibc keeps what was freed, up to a third of the process here, in an amount that wanders; with every block of

@@ -89,10 +89,10 @@ def stages(tmp_path, model_dir, monkeypatch):
     shared = ["--model", model_dir, "--device", "cuda", "--dtype", "float32"]
     sampled = [*shared, "--verifier", write_verifier(tmp_path / "v.py", QUARTER), "--max-new-tokens", 12]
     method = ["--revision-steps", 2, "--continuations", 2]
-    flags = {rollout: [*sampled, "--data", data, "-n", 2, "--batch-size", 3],
+    flags = {rollout: [*sampled, "--data", data, "-n", 2, "--decode-rows", 3],
              revise: [*sampled, *method, "--rollouts", tmp_path / "rollout"],
              train_sft: [*shared, "--data", tmp_path / "rollout/rollouts.jsonl", "--steps", 2, "--batch-size", 2],
-             train_grpo: [*sampled, *method, "--data", data, "--revise", "--steps", 2, "--batch-prompts", 4,
+             train_grpo: [*sampled, *method, "--data", data, "--revise", "--steps", 2, "--batch-size", 4,
                           "--group-size", 2, "--save-every", 1],
              evaluation: [*sampled, "--data", data, "-n", 2, "--k", 1]}
 

@@ -63,7 +63,7 @@ def write_gradients(out, model_dir, shard):
     """Summed gradients of the mean cross-entropy, by number of rows and largest micro-batch;
     activations recomputed for 2."""
     args = sft_args(model_dir, "d", out, "--shard", shard, "--dtype", "float32")
-    model, _, _ = training.load_model(args, torch.device("cpu"), train=True)
+    model, *_ = training.load_model(args, torch.device("cpu"), train=True)
     for count in (5, 3, 1):  # with 1 a process has no row, with 3 their numbers of micro-batches differ
         rows = make_rows(SIZES)[:count]
         tokens = sum(len(r["response_ids"]) for r in rows)
@@ -133,7 +133,7 @@ def test_padding_is_at_most_a_tenth_on_skewed_lengths(seed, sigma):
 def compare_actor(model_dir, dtype):
     args = sft_args(model_dir, "d", "o", "--shard", "on", "--dtype", dtype, "--lr", "0.01")
     device = torch.device("cpu")
-    model, _, _ = training.load_model(args, device, train=True)
+    model, *_ = training.load_model(args, device, train=True)
     assert all(p.dtype == torch.float32 and p.to_local().numel() < p.numel() for p in model.parameters())
     actor, optimizer, rows = (training.load_actor(model, args, device), training.make_optimizer(model, args),
                               make_rows(SIZES))
@@ -191,7 +191,7 @@ def straight(tmp_path_factory, model_dir, sft_data):
     """One plain process, and the flags of its run."""
     out = tmp_path_factory.mktemp("straight") / "o"
     flags = ["--model", model_dir, "--data", sft_data, "--device", "cpu", "--batch-size", 3, "--steps", 5,
-             "--save-every", 2, "--micro-batch-tokens", 12]
+             "--save-every", 2, "--train-tokens", 12]
     stage("train_sft.py", *flags, "--out", out)
     return out, flags
 
@@ -203,12 +203,12 @@ def test_sharded_sft_has_the_losses_and_weights_of_one_plain_process(tmp_path, m
         assert_same_training(straight[0], tmp_path / str(processes), load_file(model_dir / "model.safetensors"))
 
 
-@pytest.mark.parametrize("flags", [["--updates", 2], ["--algo", "dapo", "--resample", 2, "--batch-prompts", 3],
-                                   ["--batch-prompts", 1, "--group-size", 2, "--checkpoint-activations"]],
+@pytest.mark.parametrize("flags", [["--updates", 2], ["--algo", "dapo", "--resample", 2, "--batch-size", 3],
+                                   ["--batch-size", 1, "--group-size", 2, "--checkpoint-activations"]],
                          ids=["grpo", "dapo", "one-prompt"])
 def test_sharded_grpo_with_revise_has_the_losses_of_one_plain_process(tmp_path, model_dir, flags):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
-    flags = ["--steps", 3, "--revise", "--micro-batch-tokens", 60, *flags]
+    flags = ["--steps", 3, "--revise", "--train-tokens", 60, *flags]
     train(model_dir, data, tmp_path / "1", verifier, *flags, draws=tmp_path / "1")
     train(model_dir, data, tmp_path / "2", verifier, *flags, "--shard", "on", processes=2, draws=tmp_path / "2")
     if not same_draws(tmp_path / "1", tmp_path / "2"):  # a draw fell on the other side: other data from there on
@@ -220,7 +220,7 @@ def test_sharded_grpo_with_revise_has_the_losses_of_one_plain_process(tmp_path, 
 def test_sharded_opsd_has_the_losses_of_one_plain_process(tmp_path, model_dir):
     """The teacher's head is recomputed in the student's backward."""
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
-    flags = ["--steps", 3, "--algo", "opsd", "--micro-batch-tokens", 60, "--group-size", 2]
+    flags = ["--steps", 3, "--algo", "opsd", "--train-tokens", 60, "--group-size", 2]
     train(model_dir, data, tmp_path / "1", verifier, *flags, draws=tmp_path / "1")
     train(model_dir, data, tmp_path / "2", verifier, *flags, "--shard", "on", processes=2, draws=tmp_path / "2")
     if not same_draws(tmp_path / "1", tmp_path / "2"):  # a draw fell on the other side: other data from there on
@@ -275,7 +275,7 @@ def step_and_save(out, model_dir, shard, resume):
     checkpoints.FILE_BYTES = 20_000
     args = sft_args(model_dir, "d", out, "--shard", shard, "--lr", "0.01")
     args.dtype = "float32"
-    model, tokenizer, _ = training.load_model(args, torch.device("cpu"), train=True)
+    model, tokenizer, *_ = training.load_model(args, torch.device("cpu"), train=True)
     optimizer = training.make_optimizer(model, args)
     if resume:
         assert checkpoints.load(out, model, optimizer) == {"step": 1, "note": "x"}

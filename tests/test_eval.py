@@ -96,7 +96,7 @@ def finished(tmp_path_factory, model_dir):
     tiny_tokenizer().save_pretrained(other)
     flags = ["--model", model_dir, other, "--data", write_problems(path / "one.jsonl", 5),
              write_problems(path / "two.jsonl", 3),
-             "-n", 4, "--k", 1, 3, "--max-new-tokens", 6, "--device", "cpu", "--batch-size", 8,
+             "-n", 4, "--k", 1, 3, "--max-new-tokens", 6, "--device", "cpu", "--decode-rows", 8,
              "--verifier", write_verifier(path / "v.py")]
     result = stage("eval.py", *flags, "--out", path / "out")
     return path / "out", flags, result

@@ -231,7 +231,7 @@ def complete(base) -> None:
 
 def test_facts_of_trajectories_and_prefixes_by_hand(base):
     args = argparse.Namespace(model=str(ROOT / "toy/sums_model"), dtype="float32")
-    model, tokenizer, _ = common.load_model(args, torch.device("cpu"))
+    model, tokenizer, *_ = common.load_model(args, torch.device("cpu"))
     W, records = model.get_input_embeddings().weight.detach(), tables.Records(base)
     found = tables.trajectories(toy, model, tokenizer, records, "LatentRevise")
     assert [(t["prompt"][1], t["sound"]) for t in found] == [("hard-0", True), ("hard-0", False), ("hard-2", False)]

@@ -64,15 +64,15 @@ class World:
         shared = ["--model", model_dir, "--device", "cpu"]
         sampling = ["--verifier", f"{path / 'v.py'}:verify", "--max-new-tokens", 12]
         self.flags = {
-            "rollout": [*shared, *sampling, "--data", data, "-n", 2, "--batch-size", 3],
-            "train_grpo": [*shared, *sampling, "--data", data, "--steps", 4, "--save-every", 2, "--batch-prompts", 4,
+            "rollout": [*shared, *sampling, "--data", data, "-n", 2, "--decode-rows", 3],
+            "train_grpo": [*shared, *sampling, "--data", data, "--steps", 4, "--save-every", 2, "--batch-size", 4,
                            "--group-size", 2, "--revise", "--revision-steps", 2, "--continuations", 2],
-            "eval": [*shared, *sampling, "--data", data, "-n", 2, "--k", 1, "--batch-size", 3]}
+            "eval": [*shared, *sampling, "--data", data, "-n", 2, "--k", 1, "--decode-rows", 3]}
         rollouts = self.undisturbed("rollout")
         self.flags["revise"] = [*shared, *sampling, "--rollouts", rollouts, "--continuations", 2, "--revision-steps", 2,
-                                "--batch-tokens", 120]
+                                "--revise-tokens", 120]
         self.flags["train_sft"] = [*shared, "--data", rollouts / "rollouts.jsonl", "--steps", 6, "--save-every", 2,
-                                   "--batch-size", 3]
+                                   "--decode-rows", 3]
 
     def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(), **env: str) -> list:
         """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time.
@@ -440,7 +440,7 @@ def test_logits_that_become_nan_in_mid_response(monkeypatch):
     monkeypatch.setattr(model, "forward", later)
     from rollout import sample
     with pytest.raises(common.UserError, match="logits are not numbers"):
-        sample(model, [torch.tensor([5, 6])], [[1, 2]], [8], eos=[], vocab=150)
+        sample(common.Policy(model, None, 150, []), [torch.tensor([5, 6])], [[1, 2]], [8])
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():

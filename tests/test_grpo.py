@@ -64,7 +64,7 @@ def assert_same_gradients(ours, expected):
 
 def test_table7_is_what_the_trainers_do_by_default():
     args = grpo_args()
-    assert (args.algo, args.group_size, args.batch_prompts, args.kl_coef, args.lr) == ("grpo", 8, 512, 0.001, 1e-5)
+    assert (args.algo, args.group_size, args.batch_size, args.kl_coef, args.lr) == ("grpo", 8, 512, 0.001, 1e-5)
     assert (args.grad_clip, args.max_new_tokens, args.temperature, args.updates) == (1.0, 8192, 1.0, 1)
     assert (args.revision_steps, args.rho, args.gamma0, args.alpha_guide, args.beta_nll) == (10, 0.8, 0.1, 1.0, 0.1)
     assert (args.eps_stop, args.revise, args.injected_ratio) == (1e-3, False, "current")
@@ -148,7 +148,7 @@ def test_opsd_divergence_and_gradient_equal_a_token_by_token_loop(family, tied, 
 
 @pytest.mark.parametrize("budget", ["1", "40", "10000"])
 def test_opsd_update_is_the_mean_over_generated_tokens_of_the_step(monkeypatch, budget):
-    args = grpo_args("--algo", "opsd", "--micro-batch-tokens", budget)
+    args = grpo_args("--algo", "opsd", "--train-tokens", budget)
     model, teacher, rows = tiny_model("qwen2"), tiny_model("qwen2", seed=5), make_rows(SIZES)
     loss = torch.cat([literal_divergence(model, teacher, r, 0.5) for r in rows]).mean()
     loss.backward()
@@ -164,8 +164,9 @@ def test_opsd_update_is_the_mean_over_generated_tokens_of_the_step(monkeypatch, 
 def with_teacher(problems, hint="The answer is {answer}.", model=None, *extra):
     args = grpo_args("--algo", "opsd", "--opsd-hint", hint, *extra)
     model, tokenizer = model or tiny_model("qwen2"), tiny_tokenizer()
-    rollout.add_prompts(problems, model, tokenizer, args)
-    train_grpo.add_teacher_prompts(problems, model, tokenizer, args)
+    policy = common.Policy(model, tokenizer, 0, [], model.config.max_position_embeddings)
+    rollout.add_prompts(policy, problems, args)
+    train_grpo.add_teacher_prompts(policy, problems, args)
     return problems, tokenizer
 
 
@@ -224,7 +225,7 @@ def test_luffy_shaping_of_injected_tokens_equals_a_hand_computation():
 @pytest.mark.parametrize("ratio", ["current", "luffy"])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_injected_ratio_in_the_update_equals_the_formula_differentiated(monkeypatch, ratio, updates):
-    args = grpo_args("--injected-ratio", ratio, "--kl-coef", 0, "--micro-batch-tokens", 30, "--luffy-gamma", 0.3,
+    args = grpo_args("--injected-ratio", ratio, "--kl-coef", 0, "--train-tokens", 30, "--luffy-gamma", 0.3,
                      "--updates", updates)
     model, rows = tiny_model("qwen2"), make_rows(SIZES)
     for r, a in zip(rows, (1.5, -0.5, -0.5, -0.5, 1.0)):
@@ -261,7 +262,7 @@ def test_k3_and_ratio_are_finite_for_differences_beyond_exp():
 def test_entropy_is_computed_in_the_passes_that_are_trained_alone(monkeypatch):
     asked, head = [], training.head_logprobs
     monkeypatch.setattr(training, "head_logprobs", lambda *a: asked.append((a[3], torch.is_grad_enabled())) or head(*a))
-    args = grpo_args("--updates", 2, "--micro-batch-tokens", 30)
+    args = grpo_args("--updates", 2, "--train-tokens", 30)
     monkeypatch.setattr(training, "apply_gradients", lambda *_: 0.0)
     train_grpo.update(tiny_model("qwen2"), tiny_model("qwen2", seed=5), None, make_rows(SIZES), args)
     assert {grad for entropy, grad in asked if entropy} == {True}
@@ -274,14 +275,14 @@ def test_sec36_groups_with_a_hit_are_never_revised(monkeypatch):
     monkeypatch.setattr(train_grpo.revise, "revise_batch", revise_batch)
     groups = [[{"id": g, "sample": s, "prompt_ids": [5], "response_ids": [6] * 10, "reward": int(s == 0)}
                for s in range(4)] for g in range(3)]
-    assert train_grpo.rescue(None, None, 0, groups, (0, 1), grpo_args("--revise"), None) == (groups, 0)
+    assert train_grpo.rescue(None, groups, (0, 1), grpo_args("--revise"), None) == (groups, 0)
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
 def flags_for(model_dir, tmp_path, *extra, verifier=SELECTIVE):
     return ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl"), "--verifier",
             write_verifier(tmp_path / "v.py", verifier), "--device", "cpu", "--max-new-tokens", 12, "--group-size", 4,
-            "--batch-prompts", 4, *extra]
+            "--batch-size", 4, *extra]
 
 
 def train(*flags):
@@ -323,12 +324,12 @@ def test_every_metric_equals_a_count_over_what_was_sampled_and_trained(tmp_path,
 def test_counts_of_a_step_are_over_all_its_rounds(monkeypatch):
     rounds = iter([[(0, 9, "length"), (0, 3, "eos")], [(1, 4, "eos"), (0, 2, "length")]])  # reward, length, finish
 
-    def sample_groups(model, tokenizer, vocab, problems, key, args, verify):
+    def sample_groups(policy, problems, key, args, verify):
         return [[{"id": "a", "sample": s, "reward": r, "response_ids": [5] * n, "finish": f}
                  for s, (r, n, f) in enumerate(next(rounds))]]
     monkeypatch.setattr(train_grpo, "sample_groups", sample_groups)
-    args = grpo_args("--algo", "dapo", "--batch-prompts", 1)
-    groups, _, counts = train_grpo.collect(None, None, 0, [{"id": "a"}], 1, 0, args, None)
+    args = grpo_args("--algo", "dapo", "--batch-size", 1)
+    groups, _, counts = train_grpo.collect(None, [{"id": "a"}], 1, 0, args, None)
     assert [r["reward"] for r in groups[0]] == [1, 0]
     for key, expected in {"groups": 2, "zero_hit": 1, "signal": 1, "sampled": 4, "hits": 1, "tokens": 18,
                           "truncated": 2, "longest": 9, "kept": 1, "rescued": 0}.items():

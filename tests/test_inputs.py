@@ -38,7 +38,7 @@ class Desk:
             "rollout": shared | sampling | {"--data": self.data, "-n": 2},
             "revise": shared | sampling | {"--rollouts": self.rollouts, "--continuations": 2},
             "train_sft": shared | {"--data": self.rows, "--steps": 1, "--batch-size": 1},
-            "train_grpo": shared | sampling | {"--data": self.data, "--steps": 1, "--batch-prompts": 1,
+            "train_grpo": shared | sampling | {"--data": self.data, "--steps": 1, "--batch-size": 1,
                                                "--group-size": 2, "--revise": None},
             "eval": shared | sampling | {"--data": self.data, "-n": 2, "--k": 1}}
 
@@ -219,13 +219,13 @@ def test_a_role_that_the_template_refuses(desk):
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 SAMPLING = {"--temperature": ["-1", "nan"], "--top-p": ["0", "1.5", "nan"], "--top-k": ["-1"],
-            "--max-new-tokens": ["0", "-3"], "--limit": ["-1"], "--batch-size": ["0"], "--max-batch-tokens": ["-1"]}
+            "--max-new-tokens": ["0", "-3"], "--limit": ["-1"], "--decode-rows": ["0"], "--decode-tokens": ["-1"]}
 REVISION = {"--rho": ["0", "1", "-0.1", "1.5", "nan"], "--revision-steps": ["-1"], "--gamma0": ["0", "1.5", "nan"],
             "--continuations": ["0"], "--record-every": ["-1"], "--alpha-guide": ["nan"], "--beta-nll": ["inf"],
-            "--explore-weight": ["nan"], "--min-logprob": ["nan"], "--eps-stop": ["nan"], "--batch-tokens": ["0"]}
-TRAINING = {"--steps": ["0", "-1"], "--batch-size": ["0"], "--micro-batch-tokens": ["0"], "--lr": ["-1", "nan"],
+            "--explore-weight": ["nan"], "--min-logprob": ["nan"], "--eps-stop": ["nan"], "--revise-tokens": ["0"]}
+TRAINING = {"--steps": ["0", "-1"], "--batch-size": ["0"], "--train-tokens": ["0"], "--lr": ["-1", "nan"],
             "--grad-clip": ["0", "nan"], "--weight-decay": ["-1"], "--save-every": ["-1"]}
-GRPO = {"--group-size": ["1"], "--batch-prompts": ["0"], "--updates": ["0"], "--resample": ["-1"],
+GRPO = {"--group-size": ["1"], "--updates": ["0"], "--resample": ["-1"],
         "--overlong-buffer": ["-1"], "--temperature": ["0.5"], "--top-p": ["0.9"], "--top-k": ["5"],
         "--kl-coef": ["-1", "nan"], "--clip-low": ["-0.1"], "--clip-high": ["nan"]}
 RANGES = [(name, flag, value) for names, flags in [

@@ -22,6 +22,7 @@ from conftest import (
 
 import rollout
 from helpers import common, sampling
+from helpers.common import Policy
 
 PROMPTS = [torch.tensor([5, 9, 30]), torch.tensor([7]), torch.arange(20, 37)]
 
@@ -30,9 +31,9 @@ def keys_of(prompts, n=4, seed=0):
     return [[rollout.row_key(seed, i, s) for s in range(n)] for i in range(len(prompts))]
 
 
-def draw(model, prompts, n=4, limit=12, seed=0, **kw):
-    return rollout.sample(model, prompts, keys_of(prompts, n, seed), [limit] * len(prompts),
-                          **{"eos": [1], "vocab": TOKENS} | kw)
+def draw(model, prompts, n=4, limit=12, seed=0, eos=(1,), vocab=TOKENS, **kw):
+    policy = Policy(model, None, vocab, list(eos))
+    return rollout.sample(policy, prompts, keys_of(prompts, n, seed), [limit] * len(prompts), **kw)
 
 
 def assert_generate_agrees(model, prompts, ours, limit, eos):
@@ -104,8 +105,8 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     limits = [5 + 9 * (i % 7) for i in range(len(MANY))]
 
     def check(order, **kw):
-        found = rollout.sample(model, [MANY[i] for i in order], [keys[i] for i in order],
-                               [limits[i] for i in order], eos=ENDS, vocab=TOKENS, **kw)
+        found = rollout.sample(Policy(model, None, TOKENS, ENDS), [MANY[i] for i in order], [keys[i] for i in order],
+                               [limits[i] for i in order], **kw)
         found = [found[order.index(i)] for i in ordered]
         assert_same_texts(model, MANY, keys, expected or found, found)
         return found
@@ -237,7 +238,7 @@ def test_an_iterator_is_asked_for_no_more_rows_than_fit():
             yield sampling.Row(PROMPTS[i % 3], i, 10, tag=i)
 
     finished = 0
-    for done in rollout.decode(model, rows(), slots=4, eos=[1], vocab=TOKENS):
+    for done in rollout.decode(Policy(model, None, TOKENS, [1]), rows(), slots=4):
         finished += len(done)
         assert taken <= finished + 4
     assert finished == taken == 20
@@ -266,7 +267,7 @@ def test_logprobs_equal_teacher_forced_ones(family):
 def test_text_does_not_depend_on_batch_neighbours_or_number_of_samples():
     model = tiny_model("qwen2")
     together, keys = draw(model, PROMPTS, n=8, eos=[1, *range(60, 80)]), keys_of(PROMPTS, 8)
-    alone = [[rollout.sample(model, [p], [[key]], [12], eos=[1, *range(60, 80)], vocab=TOKENS)[0][0] for key in ks]
+    alone = [[rollout.sample(Policy(model, None, TOKENS, [1, *range(60, 80)]), [p], [[key]], [12])[0][0] for key in ks]
              for p, ks in zip(PROMPTS, keys)]
     assert_same_texts(model, PROMPTS, keys, together, alone)
     few, many = draw(model, PROMPTS, n=3), [x[:3] for x in draw(model, PROMPTS, n=8)]
@@ -289,7 +290,7 @@ def test_greedy_from_embeddings_equals_generate_with_inputs_embeds():
 
 def test_limits_are_per_prompt():
     model = tiny_model("qwen2")
-    samples = rollout.sample(model, PROMPTS, [[1, 2], [3], [4]], [3, 9, 1], eos=[1], vocab=TOKENS)
+    samples = rollout.sample(Policy(model, None, TOKENS, [1]), PROMPTS, [[1, 2], [3], [4]], [3, 9, 1])
     assert [[len(s.ids) for s in x] for x in samples] == [[3, 3], [9], [1]]
     assert all(s.finish == "length" for x in samples for s in x)
 
@@ -401,9 +402,9 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
     data = write_problems(tmp_path / "d.jsonl")
     flags = ["--model", model_dir, "--data", data, "-n", 6, "--max-new-tokens", 10, "--device", "cpu",
              "--verifier", write_verifier(tmp_path / "v.py")]
-    run("rollout.py", *flags, "--out", tmp_path / "a", "--batch-size", 4)
-    stage("rollout.py", *flags, "--out", tmp_path / "b", "--batch-size", 64)
-    run("rollout.py", *flags, "--out", tmp_path / "c", "--batch-size", 4, "--max-batch-tokens", 300, processes=2)
+    run("rollout.py", *flags, "--out", tmp_path / "a", "--decode-rows", 4)
+    stage("rollout.py", *flags, "--out", tmp_path / "b", "--decode-rows", 64)
+    run("rollout.py", *flags, "--out", tmp_path / "c", "--decode-rows", 4, "--decode-tokens", 300, processes=2)
     again = lambda out: lambda: stage("rollout.py", *flags, "--out", out)
     for name in "bc":
         assert_same_sampling(tmp_path / "a", tmp_path / name, again(tmp_path / name))
@@ -416,7 +417,7 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
     (run_dir / "run.json").write_text((tmp_path / "a" / "run.json").read_text())
     (run_dir / "rollouts.rank0.part").write_bytes(b"".join(lines[:7]) + lines[7][:20])
     (run_dir / "rollouts.rank3.part").write_bytes(b"".join(lines[20:22]) + lines[22][:9])
-    stage("rollout.py", *flags, "--out", run_dir, "--batch-size", 4)
+    stage("rollout.py", *flags, "--out", run_dir, "--decode-rows", 4)
     assert_same_sampling(tmp_path / "a", run_dir, again(run_dir))
     assert not list(run_dir.glob("*.part"))
     # other settings in the same folder are refused
@@ -434,7 +435,7 @@ def counting_verifier(path, extra: str = "") -> str:
 
 def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir):
     flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 12), "-n", 2,
-             "--max-new-tokens", 12, "--device", "cpu", "--batch-size", 2]
+             "--max-new-tokens", 12, "--device", "cpu", "--decode-rows", 2]
     stage("rollout.py", *flags, "--verifier", write_verifier(tmp_path / "v.py"), "--out", tmp_path / "a")
     slow = counting_verifier(tmp_path / "w.py", "time.sleep(0.3 * (RANK == '0'))")
     bar = stage("rollout.py", *flags, "--verifier", slow, "--out", tmp_path / "b", processes=2).stderr
@@ -449,7 +450,7 @@ def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir)
 @pytest.mark.parametrize("point,processes", [(6, 1), (19, 1), (3, 2)])
 def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, processes):
     flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 4), "-n", 5, "--max-new-tokens", 40,
-             "--device", "cpu", "--batch-size", 3, "--max-batch-tokens", 600]
+             "--device", "cpu", "--decode-rows", 3, "--decode-tokens", 600]
     verifier = counting_verifier(tmp_path / "v.py")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "a")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b", kill_at=point, processes=processes)
@@ -465,6 +466,6 @@ def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, 
 
 def test_a_budget_that_cannot_hold_one_response_is_refused(tmp_path, model_dir):
     result = stage("rollout.py", "--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl"),
-                   "--out", tmp_path / "o", "--max-batch-tokens", 50, check=False)
-    assert (result.returncode == 2 and "--max-batch-tokens 50" in result.stderr
+                   "--out", tmp_path / "o", "--decode-tokens", 50, check=False)
+    assert (result.returncode == 2 and "--decode-tokens 50" in result.stderr
             and len(result.stderr.strip().splitlines()) == 1)

@@ -55,7 +55,7 @@ class World:
 
     def revise(self, out, *flags, **how):
         return stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--out", out,
-                     "--device", "cpu", "--verifier", self.verifier, "--batch-tokens", 240, "--max-new-tokens", 14,
+                     "--device", "cpu", "--verifier", self.verifier, "--revise-tokens", 240, "--max-new-tokens", 14,
                      "--continuations", M, *flags, **how)
 
 
@@ -108,7 +108,7 @@ def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(
         assert record["kept"] == sum(map(int.__eq__, record["prefix_ids"], record["projected_ids"])) / n
         keys = [rollout.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
         x = torch.cat([W[record["prompt_ids"]], E])
-        samples = rollout.sample(model, [x], [keys], [14 - n], eos=[1], vocab=TOKENS)[0]
+        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [x], [keys], [14 - n])[0]
         assert len(samples) == len(record["continuations"])
         for key, s, c in zip(keys, samples, record["continuations"]):
             common_tokens(model, x, key, s.ids, c["ids"], where=(record["id"], record["sample"]))
@@ -171,7 +171,7 @@ def assert_close(a, b, path="", floats=("losses", "gaps")):
 
 @pytest.mark.parametrize("tokens", [1, 480])
 def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens):
-    world.revise(tmp_path / "o", "--batch-tokens", tokens)
+    world.revise(tmp_path / "o", "--revise-tokens", tokens)
     model, found = tiny_model("qwen2"), revised(tmp_path / "o")
     W, other = model.get_input_embeddings().weight.detach(), set()  # prompts of which a draw fell on the other side
     mine, theirs = ({(r["id"], r["sample"]): r for r in records} for records in (found, default[1]))
@@ -228,7 +228,7 @@ def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
                 and r["kept"] == 1)
         keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
         context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
-        samples = rollout.sample(model, [context], [keys], [14 - r["prefix_len"]], eos=[1], vocab=TOKENS)[0]
+        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [context], [keys], [14 - r["prefix_len"]])[0]
         assert len(samples) == len(r["continuations"])
         for key, s, c in zip(keys, samples, r["continuations"]):
             common_tokens(model, context, key, s.ids, c["ids"], where=(r["id"], r["sample"]))
@@ -368,7 +368,7 @@ def test_an_untied_qwen3_goes_through_every_stage(tmp_path, untied):
           "--out", tmp_path / "sft")
     stage("train_grpo.py", "--model", tmp_path / "sft" / "model", "--data",
           untied.path / "rollouts" / "zero_hit.jsonl", "--steps", 1,
-          "--batch-prompts", 3, "--group-size", 4, "--max-new-tokens", 10, "--revise", "--device", "cpu", "--out",
+          "--batch-size", 3, "--group-size", 4, "--max-new-tokens", 10, "--revise", "--device", "cpu", "--out",
           tmp_path / "grpo",
           "--verifier", untied.verifier)
     result = stage("eval.py", "--model", untied.model_dir, tmp_path / "grpo" / "model",

@@ -226,7 +226,7 @@ def test_shipped_model_is_stuck_on_hard_problems_and_rereads_when_asked(tmp_path
     (tmp_path / "hard.jsonl").write_text("".join(map(common.to_line, problems)))
     rollout.main(rollout.get_args([
         "--model", str(SHIPPED), "--data", str(tmp_path / "hard.jsonl"), "-n", "32", "--max-new-tokens", "160",
-        "--instruction", "", "--batch-size", "512", "--out", str(tmp_path / "out")]))
+        "--instruction", "", "--decode-rows", "512", "--out", str(tmp_path / "out")]))
     zero_hit = len(common.read_jsonl(tmp_path / "out" / "zero_hit.jsonl"))
     share = measured["test_hard"]["zero_hit"]
     assert abs(zero_hit / 24 - share) < 4 * (share * (1 - share) / 24) ** 0.5

@@ -132,7 +132,7 @@ def test_sft_gradient_equals_the_mean_cross_entropy_for_every_micro_batch_budget
     for budget in (1, 24, 48, 10_000):
         out = tmp_path / str(budget)
         train_sft.main(sft_args(model_dir, data, out, "--steps", "1", "--batch-size", "5",
-                                "--micro-batch-tokens", str(budget)))
+                                "--train-tokens", str(budget)))
         assert_same_gradients(seen[-1], expected)
         assert read(out / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
         assert read(out / "metrics.jsonl")[0]["tokens"] == sum(n for _, n in SIZES)
@@ -161,7 +161,7 @@ def assert_same_metrics(a, b, tolerance):
 def test_sft_is_the_same_on_one_and_two_processes(tmp_path, model_dir):
     data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
     flags = ["--model", model_dir, "--data", data, "--steps", 3, "--batch-size", 3, "--device", "cpu",
-             "--micro-batch-tokens", 20]
+             "--train-tokens", 20]
     for n in (1, 2):
         stage("train_sft.py", *flags, "--out", tmp_path / str(n), processes=n)
     assert_same_metrics(tmp_path / "1", tmp_path / "2", 1e-6)
@@ -301,7 +301,7 @@ def literal_grpo_loss(model, reference, old, rows, args):
 
 @pytest.mark.parametrize("budget", ["1", "30", "10000"])
 def test_sec31_grpo_gradient_equals_the_formula_differentiated(monkeypatch, budget):
-    args, rows = grpo_args("--kl-coef", "0.3", "--micro-batch-tokens", budget), two_groups()
+    args, rows = grpo_args("--kl-coef", "0.3", "--train-tokens", budget), two_groups()
     model, reference = tiny_model("qwen2"), tiny_model("qwen2", seed=5)
     loss = literal_grpo_loss(model, reference, [literal_logprobs(model, r)[0].detach() for r in rows], rows, args)
     loss.backward()
@@ -316,7 +316,7 @@ def test_sec31_grpo_gradient_equals_the_formula_differentiated(monkeypatch, budg
 
 
 def test_sec31_two_updates_equal_a_literal_ppo_loop():
-    args = grpo_args("--kl-coef", "0.01", "--updates", "2", "--lr", "0.003", "--micro-batch-tokens", "30")
+    args = grpo_args("--kl-coef", "0.01", "--updates", "2", "--lr", "0.003", "--train-tokens", "30")
     rows = two_groups()
     model, reference = tiny_model("qwen2"), tiny_model("qwen2", seed=5)
     literal = copy.deepcopy(model)
@@ -342,7 +342,7 @@ def test_sec31_two_updates_equal_a_literal_ppo_loop():
 
 # --- batches: dynamic sampling ----------------------------------------------------------------------------------------
 def fake_groups(rewards, calls):
-    def sample_groups(model, tokenizer, vocab, problems, key, args, verify):
+    def sample_groups(policy, problems, key, args, verify):
         calls.append((key, [p["id"] for p in problems]))
         return [[{"id": p["id"], "sample": s, "reward": r, "response_ids": [5] * 4, "finish": "eos"}
                  for s, r in enumerate(rewards[p["id"]])] for p in problems]
@@ -353,7 +353,7 @@ def collect(args, rewards, monkeypatch, step=1, cursor=0):
     calls = []
     monkeypatch.setattr(train_grpo, "sample_groups", fake_groups(rewards, calls))
     problems = [{"id": i} for i in rewards]
-    return *train_grpo.collect(None, None, 0, problems, step, cursor, args, None), calls
+    return *train_grpo.collect(None, problems, step, cursor, args, None), calls
 
 
 REWARDS = {f"p{i}": [[0, 0], [1, 1], [0, 1]][i % 3] for i in range(12)}
@@ -361,7 +361,7 @@ REWARDS = {f"p{i}": [[0, 0], [1, 1], [0, 1]][i % 3] for i in range(12)}
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_dapo_dynamic_sampling_drops_groups_without_signal_and_fills_the_batch(monkeypatch, size):
-    args = grpo_args("--algo", "dapo", "--batch-prompts", str(size), "--resample", "9")
+    args = grpo_args("--algo", "dapo", "--batch-size", str(size), "--resample", "9")
     groups, cursor, counts, calls = collect(args, REWARDS, monkeypatch, cursor=7)
     assert len(groups) == counts["kept"] == size
     assert all([r["reward"] for r in g] == [0, 1] for g in groups)
@@ -374,20 +374,20 @@ def test_dapo_dynamic_sampling_drops_groups_without_signal_and_fills_the_batch(m
 
 def test_dapo_last_round_gives_no_more_than_the_batch_needs(monkeypatch):
     rewards = {f"p{i}": [0, 1] if i else [0, 0] for i in range(4)}  # three of a round of four have signal
-    groups, cursor, counts, calls = collect(grpo_args("--algo", "dapo", "--batch-prompts", "4"), rewards, monkeypatch)
+    groups, cursor, counts, calls = collect(grpo_args("--algo", "dapo", "--batch-size", "4"), rewards, monkeypatch)
     assert len(groups) == counts["kept"] == 4 and len(calls) == 2 and cursor == 8
 
 
 def test_dapo_rounds_are_bounded_then_the_batch_is_smaller(monkeypatch):
     rewards = {i: [0, 0] for i in "abcdefgh"} | {"z": [0, 1]}
-    args = grpo_args("--algo", "dapo", "--batch-prompts", "3", "--resample", "2")
+    args = grpo_args("--algo", "dapo", "--batch-size", "3", "--resample", "2")
     groups, _, counts, calls = collect(args, rewards, monkeypatch)
     assert len(calls) == 3 and counts["kept"] == len(groups) == 1
 
 
 def test_dapo_samples_a_prompt_anew_when_a_further_round_meets_it_again(monkeypatch):
     rewards = {"a": [0, 0], "b": [0, 1]}
-    args = grpo_args("--algo", "dapo", "--batch-prompts", "2", "--resample", "1")
+    args = grpo_args("--algo", "dapo", "--batch-size", "2", "--resample", "1")
     groups, _, _, calls = collect(args, rewards, monkeypatch)
     assert [sorted(ids) for _, ids in calls] == [["a", "b"]] * 2
     assert len({key for key, _ in calls}) == 2  # the same random numbers would give the very same responses
@@ -395,13 +395,13 @@ def test_dapo_samples_a_prompt_anew_when_a_further_round_meets_it_again(monkeypa
 
 
 def test_grpo_keeps_every_group_and_samples_once(monkeypatch):
-    groups, cursor, counts, calls = collect(grpo_args("--batch-prompts", "5"), REWARDS, monkeypatch)
+    groups, cursor, counts, calls = collect(grpo_args("--batch-size", "5"), REWARDS, monkeypatch)
     assert len(groups) == counts["kept"] == cursor == 5 and len(calls) == 1
 
 
 def train(model_dir, data, out, verifier, *extra, **how):
     return stage("train_grpo.py", "--model", model_dir, "--data", data, "--out", out, "--verifier", verifier,
-                 "--device", "cpu", "--max-new-tokens", 12, "--group-size", 4, "--batch-prompts", 4, *extra, **how)
+                 "--device", "cpu", "--max-new-tokens", 12, "--group-size", 4, "--batch-size", 4, *extra, **how)
 
 
 def test_dapo_without_any_signal_warns_and_goes_on(tmp_path, model_dir):
@@ -435,7 +435,7 @@ def test_sec36_revise_is_bit_identical_to_grpo_where_every_group_has_a_hit(tmp_p
 def test_sec36_zero_hit_groups_are_rescued_and_change_the_update(tmp_path, model_dir):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
     plain, revised = tmp_path / "plain", tmp_path / "revised"
-    flags = ["--steps", 1, "--batch-prompts", 2]  # samples.jsonl shows two groups
+    flags = ["--steps", 1, "--batch-size", 2]  # samples.jsonl shows two groups
     train(model_dir, data, plain, verifier, *flags)
     train(model_dir, data, revised, verifier, *flags, "--revise")
     before, after = read(plain / "metrics.jsonl")[0], read(revised / "metrics.jsonl")[0]
@@ -454,12 +454,12 @@ def group(name, rewards, lengths=None):
 
 @pytest.mark.parametrize("inject", ["replace", "append"])
 def test_sec36_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_from(monkeypatch, inject):
-    args = grpo_args("--revise", "--inject", inject, "--batch-tokens", "1", "--group-size", "4")
+    args = grpo_args("--revise", "--inject", inject, "--revise-tokens", "1", "--group-size", "4")
     groups = [group("hit", [0, 1, 0, 0]), group("saved", [0] * 4, [1, 10, 10, 10]), group("lost", [0] * 4),
               group("short", [0] * 4, [1] * 4)]
     before, asked = copy.deepcopy(groups), []
 
-    def revise_batch(model, tokenizer, vocab, rollouts, args, verify):
+    def revise_batch(policy, rollouts, args, verify):
         asked.extend((r["id"], r["sample"]) for r in rollouts)
         good = {"ids": [8, 9], "reward": 1, "response": "r", "finish": "eos"}
         found = {"saved": [good | {"reward": 0}, good, good | {"ids": [4]}], "lost": [good | {"reward": 0}]}
@@ -467,7 +467,7 @@ def test_sec36_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_f
                  "prefix_len": 8, "answer": "1", "continuations": found[r["id"]]} for r in rollouts]
 
     monkeypatch.setattr(train_grpo.revise, "revise_batch", revise_batch)
-    after, rescued = train_grpo.rescue(None, None, 0, groups, (0, 1), args, None)
+    after, rescued = train_grpo.rescue(None, groups, (0, 1), args, None)
     assert groups == before  # a new list; what was sampled stays as it was
     assert rescued == 1
     assert asked == [("saved", 1), ("lost", 0)]  # one rollout of each zero-hit group: the first that can be cut
@@ -486,13 +486,13 @@ def test_sec36_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_f
         assert advantage == pytest.approx([-(0.2**0.5)] * 4 + [0.8 / 0.2**0.5], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--algo", "dapo", "--resample", "2", "--batch-prompts", "3"],
-                                   ["--batch-prompts", "1", "--group-size", "2", "--steps", "6"]],
+@pytest.mark.parametrize("flags", [[], ["--algo", "dapo", "--resample", "2", "--batch-size", "3"],
+                                   ["--batch-size", "1", "--group-size", "2", "--steps", "6"]],
                          ids=["grpo", "dapo", "one-prompt"])
 def test_grpo_with_revise_is_the_same_on_one_and_two_processes(tmp_path, model_dir, flags):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
     for n in (1, 2):
-        train(model_dir, data, tmp_path / str(n), verifier, "--steps", 3, "--revise", "--micro-batch-tokens", 200,
+        train(model_dir, data, tmp_path / str(n), verifier, "--steps", 3, "--revise", "--train-tokens", 200,
               *flags, processes=n, draws=tmp_path / str(n))
     if not same_draws(tmp_path / "1", tmp_path / "2"):  # a draw fell on the other side: other data from there on
         return

@@ -344,12 +344,12 @@ def mean(xs: list) -> float | None:
 def respond(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, messages: list[str],
             seed: int) -> list[list[int]]:
     """One sampled response (ids, EOS included) per user message, at temperature 1."""
+    policy = common.Policy(model, tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     rows = []
     for i in range(0, len(messages), 512):
         prompts = [torch.tensor(tokenizer(render(tokenizer, m))["input_ids"]) for m in messages[i : i + 512]]
         keys = [[rollout.row_key(seed, "toy", i + j)] for j in range(len(prompts))]
-        found = rollout.sample(model, prompts, keys, [160] * len(prompts), eos=[tokenizer.eos_token_id],
-                               vocab=len(tokenizer))
+        found = rollout.sample(policy, prompts, keys, [160] * len(prompts))
         rows += [sample.ids for (sample,) in found]
     return rows
 
@@ -433,7 +433,7 @@ def main(args: argparse.Namespace, world: ModuleType = THIS) -> None:
         return
 
     if args.command == "check":
-        model, tokenizer, _ = common.load_model(args, common.pick_device(args))
+        model, tokenizer, *_ = common.load_model(args, common.pick_device(args))
         print(json.dumps(measure(world, model, tokenizer, args.seed, args.prompts, args.n), indent=1))
         return
 

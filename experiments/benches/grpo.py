@@ -55,7 +55,7 @@ def longest(rows: list[dict]) -> int:
 
 def ours_updates(model, rows: list[dict], args: argparse.Namespace, mark) -> None:
     """As many padded tokens a micro-batch as the references have."""
-    flags = train_grpo.get_args(["--model", "m", "--data", "d", "--out", "o", "--kl-coef", "0", "--micro-batch-tokens",
+    flags = train_grpo.get_args(["--model", "m", "--data", "d", "--out", "o", "--kl-coef", "0", "--train-tokens",
                                  str(ROWS * longest(rows))])
     optimizer = training.make_optimizer(model, flags)
     for _ in range(args.runs + 1):

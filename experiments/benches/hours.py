@@ -13,7 +13,7 @@ FLOPS, BYTES = 0.5 * 790e12, 0.6 * 4.8e12  # a second
 PROMPT, RESPONSE, HOST = 150, 1000, 1e-3
 ROWS = {"Qwen2.5-1.5B": 512, "Qwen3-8B": 256}  # sequences decoded together, as in the recipes
 GPUS = {"Qwen2.5-1.5B": 4, "Qwen3-8B": 8}
-REVISED = 16384 // (PROMPT + RESPONSE)  # rollouts revised together, at the default --batch-tokens
+REVISED = 16384 // (PROMPT + RESPONSE)  # rollouts revised together, at the default --revise-tokens
 TRAIN, STEPS, BATCH = 14_116, 100, 512  # DAPO's problems; steps of a recipe and prompts a step
 ZERO_HIT = {"Qwen2.5-1.5B": 6_580 / 14_116, "Qwen3-8B": 3_642 / 14_116}  # at N = 32, from the paper
 TESTS = 500 + 30 + 30 + 40

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from experiments.benches.tools import clock, random_qwen2, report, timed
 from helpers import common, sampling
+from helpers.common import Policy
 
 PROMPT = 64  # tokens
 
@@ -66,10 +67,11 @@ def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: in
     ids = torch.randint(eos, vocab, (prompts, PROMPT), generator=generator).to(model.device)
     stops, slots = list(range(eos)), slots or prompts * n
     model.generation_config.eos_token_id = stops or None
+    policy = Policy(model, None, vocab, stops)
 
     def ours(seed: int) -> list[int]:
         keys = [[sampling.row_key(seed, p, s) for s in range(n)] for p in range(prompts)]
-        found = sampling.sample(model, list(ids), keys, [limit] * prompts, eos=stops, vocab=vocab, slots=slots)
+        found = sampling.sample(policy, list(ids), keys, [limit] * prompts, slots=slots)
         return [len(s.ids) for of_prompt in found for s in of_prompt]
 
     def theirs(seed: int) -> list[int]:
