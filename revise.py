@@ -39,6 +39,7 @@ from tqdm import tqdm
 import rollout
 from helpers import common, controls, packed
 from helpers.common import UserError
+from helpers.controls import permuted_answers
 
 # Dimension key: B rollouts, Q prompt, R prefix, N = sum of R over the batch, V vocabulary rows, D model width
 
@@ -433,7 +434,7 @@ def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=digest)
     golds = {i: entries[0].answer for i, entries in failures.items()}
-    guide = controls.permuted_answers(golds, args.seed) if args.gold == "permuted" else {}
+    guide = permuted_answers(golds, args.seed) if args.gold == "permuted" else {}
 
     # === revise: batches of prompts, each prompt's failed rollouts in turn until one is recovered ===
     final = out / "revised.jsonl"
