@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,21 +87,18 @@ def download(source: Source) -> Path:
             reason = (f"{constants.ENDPOINT} did not answer within "
                       f"{constants.HF_HUB_DOWNLOAD_TIMEOUT} s (HF_HUB_DOWNLOAD_TIMEOUT)")
         else:
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"cannot be downloaded: {reason}") from None
+            first = (str(e).strip().splitlines() or [kinds[0]])[0]
+            reason = f"{first} ({constants.ENDPOINT})"
+        raise UserError(reason) from None
 
 
 def read_rows(path: Path, source: Source) -> list[dict]:
-    """Records of a JSONL or parquet file. Raises UserError, also where pyarrow is missing."""
+    """Records of a JSONL or parquet file. Raises UserError."""
     if path.suffix != ".parquet":
         return common.read_jsonl(path)
+    from pyarrow import parquet
     try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        columns = [source.problem, source.answer]
-        return pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+        return parquet.read_table(path, columns=[source.problem, source.answer]).to_pylist()
     except (OSError, ValueError, KeyError) as e:  # as pyarrow's own are
         raise UserError(f"{path} is damaged ({str(e).strip().splitlines()[0]})") from None
 
@@ -111,7 +109,7 @@ def to_problem(row: dict, source: Source, key: str) -> dict:
     if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench: a list of one string
         answer = answer[0]
     if isinstance(answer, str) and "####" in answer:  # GSM8K: a solution, then `#### 1,000`
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
+        answer = answer.rpartition("####")[2].strip()
     problem, where = row.get(source.problem), f"record {key.rpartition('-')[2]}"
     if type(answer) not in (str, int, float) or not str(answer).strip() or not problem:
         raise UserError(f"{where}: {source.problem!r} or {source.answer!r} is missing or empty")
@@ -136,15 +134,19 @@ def get(name: str, out: Path, unchecked: bool = False, table: dict[str, Source] 
         except UserError as e:
             raise UserError(f"{name}: {final}: {e}; remove it, and it is made again") from None
         return final
-    cached = None
+    where = f"{name}: {source.file} of {source.repo}"
+    if source.file.endswith(".parquet") and not find_spec("pyarrow"):
+        raise UserError(f"{where}: parquet needs pyarrow (pip install pyarrow)")
     try:
         cached = download(source)
+    except UserError as e:
+        raise UserError(f"{where}: cannot be downloaded: {e}") from None
+    try:
         rows = read_rows(cached, source)
         problems = [to_problem(row, source, f"{name}-{i}") for i, row in enumerate(rows, 1)]
         check(problems, source, unchecked)
     except UserError as e:
-        kept = f" (remove {cached} to download it again)" if cached else ""
-        raise UserError(f"{name}: {source.file} of {source.repo}: {e}{kept}") from None
+        raise UserError(f"{where}: {e} (remove {cached} to download it again)") from None
     out.mkdir(parents=True, exist_ok=True)
     common.write_atomic(final, "".join(map(common.to_line, problems)))
     return final
@@ -192,18 +194,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace, table: dict[str, Source] = TABLE) -> None:
-    fetch = lambda name: get(name, args.out, args.unchecked, table)
-    paths = {name: fetch(name) for name in args.names}
-    for name, path in paths.items():
-        print(f"{path}: {table[name].count} problems")
-    if args.overlap:
-        train = fetch(args.overlap) if args.overlap in table else Path(args.overlap)
-        training, shared = read_training(train), {}
-        for name, path in paths.items():
-            shared[name] = found = overlap(common.read_jsonl(path), training)
-            print(f"{name}: of {table[name].count} problems {len(found['equal'])} are in {train}, "
-                  f"and {len(found['contained'])} with those inside a longer problem")
-        common.write_atomic(args.out / "overlap.json", json.dumps(shared, indent=1) + "\n")
+    paths = {}
+    for name in args.names:
+        paths[name] = get(name, args.out, args.unchecked, table)
+        print(f"{paths[name]}: {table[name].count} problems", flush=True)
+    if not args.overlap:
+        return
+    train = Path(args.overlap)
+    if args.overlap in table:
+        train = get(args.overlap, args.out, args.unchecked, table)
+    training, shared = read_training(train), {}
+    for name in [n for n in args.names if n != args.overlap]:
+        shared[name] = found = overlap(common.read_jsonl(paths[name]), training)
+        print(f"{name}: of {table[name].count} problems {len(found['equal'])} are in {train}, and "
+              f"{len(found['contained'])} with those inside a longer problem")
+    common.write_atomic(args.out / "overlap.json", json.dumps(shared, indent=1) + "\n")
 
 
 if __name__ == "__main__":
