@@ -124,6 +124,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> list[dict]:
+    rollout.check_sampling_args(args)
     if max(args.k) > args.n:
         raise UserError(f"--k {max(args.k)} is more than the samples of a problem, -n {args.n}")
     models = dict(zip(distinct_names(args.model), args.model))

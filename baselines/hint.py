@@ -80,6 +80,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    rollout.check_sampling_args(args)
     if "{answer}" not in args.hint:
         raise UserError(f"--hint {args.hint!r} has no {{answer}}")
     if args.start == "perturbed" and args.gold == "permuted":

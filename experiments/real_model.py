@@ -2,7 +2,7 @@
 
     python -m experiments.real_model out/real --model Qwen/Qwen2.5-0.5B-Instruct
 
-Reads   OUT/ARM/revised.jsonl (revise.py) or OUT/ARM/rollouts.jsonl (baselines/hint.py), for every ARM that is there.
+Reads   OUT/ARM/revised.jsonl (revise.py) or OUT/ARM/rollouts.jsonl (rollout.py, baselines/hint.py), for every ARM.
 Prints  Markdown: prompts recovered with a 95 % Wilson interval; right continuations, and how many of them pass two
         proxies of soundness (there is no oracle for a word problem):
           arithmetic  it states at least one equation `a op b = c`, and every one of them is right
@@ -113,8 +113,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     model, tokenizer, *_ = common.load_model(args, common.pick_device(args))
     W = model.get_input_embeddings().weight.detach()
-    folders = sorted(p for p in Path(args.out).glob("*") if (p / "revised.jsonl").exists() or p.name in (
-        "hint", "hint-permuted", "perturbed") and (p / "rollouts.jsonl").exists())
+    folders = sorted({p.parent for name in ("revised", "rollouts") for p in Path(args.out).glob(f"*/{name}.jsonl")})
     if not folders:
         raise UserError(f"{args.out}: holds no arm")
     print("| arm | recovered | right | arithmetic | last step | tokens of compute | drawn | kept | moved |\n"
