@@ -66,6 +66,7 @@ def download(source: Source) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants
     hub.utils.disable_progress_bars()
+    hub.utils.logging.set_verbosity_error()
     where = {"repo_id": source.repo, "filename": source.file, "repo_type": "dataset"}
     cached = hub.try_to_load_from_cache(**where)
     if isinstance(cached, str):

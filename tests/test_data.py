@@ -106,12 +106,13 @@ def test_a_set_is_fetched_once_and_read_as_every_stage_reads_it(hub):
     *[(jsonl([*LINES[:2], row]), "record 3: 'question' or 'answer' is missing or empty") for row in (
         {"question": "a"}, {"question": "", "answer": 1}, {"question": "a", "answer": ["1", "2"]},
         {"question": "a", "answer": True})]])
-def test_what_goes_wrong_names_set_repository_and_file_and_is_mended(hub, monkeypatch, found, message):
+def test_what_goes_wrong_names_set_repository_and_file_and_is_mended(hub, monkeypatch, capsys, found, message):
     hub.files[ONE], start = found, time.monotonic()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", found == "offline")
     with pytest.raises(common.UserError, match=rf"^one: test\.jsonl of org/one: .*{message}") as e:
         get_data.get("one", hub.out, table=TABLE)
     assert "\n" not in str(e.value) and not hub.out.exists() and time.monotonic() - start < 30
+    assert capsys.readouterr() == ("", "")
     hub.files[ONE] = jsonl(LINES)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for path in re.findall(r"\(remove (.*) to download", str(e.value)):
