@@ -2,8 +2,8 @@
 # Recovery of zero-hit prompts by a real 0.5B model, beside its controls, small: 20 problems of GSM8K on two CPU cores.
 #   bash recipes/qwen2.5-0.5b-cpu.sh                  needs pyarrow (pip install pyarrow): the hub has GSM8K as parquet
 # MODEL takes another model, LIMIT more problems; DTYPE=float32 is for a processor without AVX512-BF16 or AMX (twice the memory).
-# About 40 minutes where 9 of the 20 are zero-hit, and 3.1 GB a process, two processes: from the CPU seconds and the peak of its commands
-# on 4 problems with Qwen2.5-Coder-0.5B-Instruct (a rollout 4 s, a revision with its continuations 130 s, one without passes 35 s).
+# Estimated, where 9 of the 20 are zero-hit: 40 minutes on two free cores, 3.1 GB in each of two processes. From CPU seconds and peaks with
+# Qwen2.5-Coder-0.5B-Instruct: 32 rollouts 4 s each; of one zero-hit prompt, a revision with its continuations 130 s, --vertices random 35 s.
 # Each command continues where it stopped. Status: not run as a whole; parts of it are in RESULTS.md, "A real model".
 set -euo pipefail
 DATA=${DATA:-data}
