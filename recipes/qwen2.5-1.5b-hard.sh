@@ -16,6 +16,6 @@ $RUN revise.py --model $MODEL --rollouts $OUT/rollouts --decode-rows 128 --out $
 $RUN train_sft.py --model $MODEL --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --out $OUT/grpo
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --group-size 16 --out $OUT/grpo16
-$RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --algo opsd --out $OUT/opsd
+$RUN -m baselines.train_opsd --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --out $OUT/opsd
 $RUN train_grpo.py --model $MODEL --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 512 --decode-tokens 1000000 --revise --out $OUT/ours
 $RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --decode-rows 512 --decode-tokens 1000000 --out $OUT/eval

@@ -22,6 +22,6 @@ $RUN revise.py --model $MODEL --rollouts $OUT/rollouts --checkpoint-activations 
 $RUN train_sft.py --model $MODEL --checkpoint-activations --data $OUT/revised/recovered.jsonl --steps 100 --out $OUT/sft
 $RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --out $OUT/grpo
 $RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --group-size 16 --out $OUT/grpo16
-$RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --algo opsd --out $OUT/opsd
+$RUN -m baselines.train_opsd --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --out $OUT/opsd
 $RUN train_grpo.py --model $MODEL --checkpoint-activations --data $OUT/rollouts/zero_hit.jsonl --steps 100 --decode-rows 256 --decode-tokens 200000 $PROMPT --revise --out $OUT/ours
 $RUN eval.py --model $MODEL $OUT/sft/model $OUT/grpo/model $OUT/grpo16/model $OUT/opsd/model $OUT/ours/model --benchmarks $EVAL --decode-rows 256 --decode-tokens 200000 $PROMPT --out $OUT/eval

@@ -224,7 +224,7 @@ REVISION = {"--rho": ["0", "1", "-0.1", "1.5", "nan"], "--revision-steps": ["-1"
             "--continuations": ["0"], "--record-every": ["-1"], "--alpha-guide": ["nan"], "--beta-nll": ["inf"],
             "--explore-weight": ["nan"], "--min-logprob": ["nan"], "--eps-stop": ["nan"], "--revise-tokens": ["0"]}
 TRAINING = {"--steps": ["0", "-1"], "--batch-size": ["0"], "--train-tokens": ["0"], "--lr": ["-1", "nan"],
-            "--grad-clip": ["0", "nan"], "--weight-decay": ["-1"], "--save-every": ["-1"]}
+            "--grad-clip": ["0", "nan"], "--save-every": ["-1"], "--keep": ["-1"], "--log-to": ["nowhere"]}
 GRPO = {"--group-size": ["1"], "--updates": ["0"], "--resample": ["-1"],
         "--overlong-buffer": ["-1"], "--temperature": ["0.5"], "--top-p": ["0.9"], "--top-k": ["5"],
         "--kl-coef": ["-1", "nan"], "--clip-low": ["-0.1"], "--clip-high": ["nan"]}
