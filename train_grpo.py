@@ -308,8 +308,8 @@ def add_common_args(parser: argparse.ArgumentParser, group_size: int) -> None:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.Parser(__doc__, epilog="And the flags of the revision, --rho and those that "
-                           "follow it in `python revise.py --help`.")
+    parser = common.Parser(__doc__, epilog="Also taken: the flags of the revision, which "
+                           "`python revise.py --help` describes.")
     add_common_args(parser, group_size=8)
     not_negative = checked(float, lambda x: x >= 0)
     flag = parser.add_argument_group("objective").add_argument
