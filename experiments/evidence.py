@@ -56,7 +56,7 @@ RECOVERY = {
         "losses as means": "--reduction mean",
         "no special tokens as vertices": "--vertex-rows text"}}
 
-# arm -> flags of train_grpo.py (of train_opsd.py for OPSD), or the file that train_sft.py learns from. Table 1 and more;
+# arm -> flags of train_grpo.py (OPSD: of train_opsd.py), or the file that train_sft.py learns from. Table 1 and more;
 # {template}: the world's
 HARD = {
     "RFT": "rft-samples/rollouts.jsonl",

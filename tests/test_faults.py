@@ -222,7 +222,8 @@ def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
     optimizer = training.make_optimizer(model, type("", (), {"lr": 0.1}))
     training.save_checkpoint(tmp_path, common.Policy(model, tiny_tokenizer(), 0, []), optimizer, {"step": 2}, 2)
     folder = tmp_path / "checkpoint-000002"
-    for name, pickled in [("model.safetensors", "pytorch_model.bin"), ("optimizer-exp_avg.safetensors", "optimizer.pt")]:
+    for name, pickled in [("model.safetensors", "pytorch_model.bin"),
+                          ("optimizer-exp_avg.safetensors", "optimizer.pt")]:
         safe = (folder / name).read_bytes()
         for place in (pickled, name):  # beside the name that is expected, and under it
             (folder / name).unlink()
