@@ -15,31 +15,27 @@ Writes  metrics.jsonl and samples.jsonl; checkpoints, from which the same comman
 
 An injected trajectory [r^; c^] (--revise) is a row of its group like any other:
     place      that of the failed rollout it was revised from; --inject append: one more row
-    reward     1, and advantages are computed after it is in: alone among N = 8 it gets 2.47, each
-               of the others -0.35
-    ratio      p / p_old with p_old the current policy's probability of its hard tokens: exactly 1
-               at one update a step. So nothing corrects for tokens that the policy would never
-               write, whose gradients are the largest
---injected-ratio luffy replaces the ratio (arXiv 2504.14945, policy shaping): L = -f(p) A with
-f(x) = x / (x + 0.1), not clipped; A, KL and mean as above. LUFFY also drops std, the KL, and the
-clip of the other tokens. The paper does not say which of these it used.
+    advantage  computed after it is in, with reward 1: alone right among N = 8 it gets 2.47, each of
+               the others -0.35
+    ratio      p / p_old of its hard tokens, p_old being the current policy's: exactly 1 at one
+               update a step. So nothing corrects for tokens that the policy would never write,
+               whose gradients are the largest. --injected-ratio luffy (arXiv 2504.14945, policy
+               shaping) has L = -f(p) A with f(x) = x / (x + 0.1) there, not clipped; LUFFY itself
+               also drops std, the KL, and the clip of the other tokens
+The paper does not say which of these it used.
 
 What --algo is, silent variants included. L: loss of a token; A: advantage; d = log ref - log p.
-
-               grpo                                   dapo
-    reference  arXiv 2402.03300, Eq. (3)              arXiv 2503.14476, Eq. (8)
-    L          -min(ratio A, clip(ratio) A) + kl_coef KL, both
-    A          (R - mean) / (std + 1e-6) over the group, std with ddof 1, both
-    R          0 or 1                                 0 or 1 - overlong penalty, Eq. (13)
-    all R      kept, A = 0                            dropped and others sampled, --resample rounds
-      equal                                           at most, then the batch is smaller
-    ratio      p / p_old of a token; p_old before the step's first update, both
-    clip       0.2 / 0.2                              0.2 / 0.28, Eq. (10); no dual clip (VERL: 3.0)
-    KL         k3, exp(d) - d - 1, in L;              none
-               reference: the initial model
-    mean       over all response tokens of the step (VERL's token-mean, DAPO's Eq. (12)); GRPO's
-               Eq. (3) averages over each response first
-    exp        of differences clamped to +-20, as in VERL, which also clamps k3 to 10
+    L          -min(ratio A, clip(ratio) A) + kl_coef KL; ratio: p / p_old of the token, with p_old
+               from before the step's first update. Mean over all response tokens of the step:
+               VERL's token-mean, DAPO's Eq. (12); GRPO's Eq. (3) averages each response first
+    A          (R - mean) / (std + 1e-6) over the group, std with ddof 1
+    exp        of log-differences clamped to +-20, as in VERL, which also clamps k3 to 10
+               --algo grpo, arXiv 2402.03300, Eq. (3)    --algo dapo, arXiv 2503.14476, Eq. (8)
+    R          0 or 1                                    - overlong penalty, Eq. (13), if asked for
+    all R      kept, A = 0                               dropped and others sampled, for at most
+      equal                                              --resample rounds, then a smaller batch
+    clip       0.2 / 0.2; dual clip: none (VERL: 3.0)    0.2 / 0.28, Eq. (10)
+    KL         k3, exp(d) - d - 1, to the initial model  none
 """
 import argparse
 import time
@@ -52,14 +48,16 @@ from torch import Tensor
 import revise
 import rollout
 from helpers import common, training
-from helpers.common import Policy, UserError, checked
+from helpers.common import Policy, UserError
 from helpers.sampling import row_key
+from helpers.training import COUNT, NOT_NEGATIVE, POSITIVE
 
 # Dimension key: G group, M response tokens of a micro-batch
 
 LOG_BOUND = 20.0  # of log-differences before exp: far beyond any clip and far from overflow
 LUFFY_GAMMA = 0.1
 WARN_AFTER = 20  # steps without signal
+FREE = (*training.FREE, *revise.FREE, "samples")  # these do not change a result but for rounding
 ALGO = {"grpo": {"kl_coef": 0.001, "clip_high": 0.2}, "dapo": {"kl_coef": 0.0, "clip_high": 0.28}}
 
 
@@ -76,12 +74,8 @@ def advantages(rewards: list[float]) -> list[float]:
 def policy_loss(logp: Tensor, old: Tensor, ref: Tensor | None, advantage: Tensor, clip_low: float,
                 clip_high: float, kl_coef: float,
                 shaped: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token (M,): the clipped surrogate plus kl_coef * KL; the KL estimate; whether the clip
-    binds.
-
-    Surrogate: PPO's -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), with the bounds
-    apart as in DAPO's Eq. (8). shaped: bool, tokens with LUFFY's -p / (p + gamma) A instead.
-    """
+    """Per token (M,): PPO's surrogate, with the bounds apart as in DAPO's Eq. (8), plus
+    kl_coef * KL; the KL estimate; whether the clip binds. shaped: tokens with LUFFY's surrogate."""
     ratio = (logp - old).clamp(-LOG_BOUND, LOG_BOUND).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.min(ratio * advantage, bounded * advantage)
@@ -127,7 +121,7 @@ def count(groups: list[list[dict]]) -> dict[str, int]:
 
 def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dict[str, dict]:
     """{id: right trajectory} for those of the failed rollouts, one a prompt, that can be recovered.
-    Another recovery method replaces this function."""
+    Another method of recovery replaces this function."""
     found = {}
     for batch in training.micro_batches(failed, args.revise_tokens):
         for record in revise.revise_batch(policy, batch, args, verify, seed=row_key(*key)):
@@ -135,24 +129,23 @@ def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dic
     return found
 
 
+def inject(group: list[dict], new: dict, how: str) -> list[dict]:
+    """The group with a trajectory in the place of the rollout it came from, or as one more row."""
+    new = new | {"injected": True}
+    if how == "append":
+        return [*group, new]
+    return [new if r["sample"] == new["sample"] else r for r in group]
+
+
 def rescue(policy: Policy, groups: list[list[dict]], key: tuple, args,
            verify) -> tuple[list[list[dict]], int]:
-    """Groups with a recovered trajectory in each zero-hit group for which there is one, and their
-    number. Groups with a hit cost nothing."""
+    """Every zero-hit group with a trajectory recovered from its first rollout that is long enough
+    to cut, where that succeeds, and how many these are. Groups with a hit cost nothing."""
     zero_hit = [group for group in groups if not any(r["reward"] for r in group)]
-    long_enough = [[r for r in g if revise.cut(r["response_ids"], args.rho)] for g in zero_hit]
-    found = recover(policy, [rows[0] for rows in long_enough if rows], key, args, verify)
-
-    def inject(group: list[dict]) -> list[dict]:
-        new = found.get(group[0]["id"])
-        if new is None:
-            return group
-        new = new | {"injected": True}
-        if args.inject == "append":
-            return [*group, new]
-        return [new if r["sample"] == new["sample"] else r for r in group]
-
-    return [inject(group) for group in groups], len(found)
+    failed = [[r for r in group if revise.cut(r["response_ids"], args.rho)] for group in zero_hit]
+    found = recover(policy, [rows[0] for rows in failed if rows], key, args, verify)
+    return [inject(group, found[group[0]["id"]], args.inject) if group[0]["id"] in found else group
+            for group in groups], len(found)
 
 
 def choose(wanted: list[bool], room: int) -> tuple[list[int], int]:
@@ -292,66 +285,54 @@ def report(bar, metrics: dict, silent: int, args: argparse.Namespace) -> None:
 def add_common_args(parser: argparse.ArgumentParser, group_size: int) -> None:
     """Flags that a baseline has as well."""
     common.add_model_args(parser)
-    parser.add_argument("--data", required=True,
-                        help="problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--group-size", type=checked(int, lambda n: n > 0), default=group_size,
-                        help="[Table 7] N, responses per prompt")
-    parser.add_argument("--batch-size", type=checked(int, lambda n: n > 0), default=512,
-                        help="[Table 7] prompts per step (train batch)")
-    parser.add_argument("--samples", type=checked(int, lambda n: n >= 0), nargs=2, default=[10, 2],
-                        metavar=("STEPS", "GROUPS"), help="every so many steps (0: never) so many "
-                        "groups (0: all) go to samples.jsonl, rescued ones first")
+    flag = parser.add_argument
+    flag("--data", required=True, help="problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
+    flag("--out", required=True, help="output folder")
+    flag("--group-size", type=POSITIVE, default=group_size, help="[Table 7] N, of a prompt")
+    flag("--batch-size", type=POSITIVE, default=512, help="[Table 7] prompts per step")
+    flag("--samples", type=COUNT, nargs=2, default=[10, 2], metavar=("STEPS", "GROUPS"),
+         help="to samples.jsonl: every so many steps (0: never) so many groups (0: all), rescued "
+              "ones first")
     training.add_training_args(parser)
     rollout.add_sampling_args(parser)
     rollout.add_problem_args(parser)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.Parser(__doc__, epilog="Also taken: the flags of the revision, which "
-                           "`python revise.py --help` describes.")
+    parser = common.Parser(__doc__, epilog="The flags of the revision are taken as well: "
+                           "`python revise.py --help` describes them.")
     add_common_args(parser, group_size=8)
-    not_negative = checked(float, lambda x: x >= 0)
     flag = parser.add_argument_group("objective").add_argument
     flag("--algo", default="grpo", choices=list(ALGO), help="[Tables 1, 2] dapo is a baseline")
-    flag("--kl-coef", type=not_negative, default=argparse.SUPPRESS,
-         help="[Table 7] grpo: 0.001; dapo: 0")
-    flag("--clip-low", type=not_negative, default=0.2, help="PPO's; the paper names none")
-    flag("--clip-high", type=not_negative, default=argparse.SUPPRESS, help="grpo: 0.2; dapo: 0.28")
-    flag("--updates", type=checked(int, lambda n: n > 0), default=1,
-         help="optimizer steps per batch of rollouts")
-    flag("--resample", type=checked(int, lambda n: n >= 0), default=3,
-         help="dapo: further rounds of sampling per step")
-    flag("--overlong-buffer", type=checked(int, lambda n: n >= 0), default=0, help="dapo: tokens "
-         "before --max-new-tokens over which a length penalty grows to 1; 0 is off")
+    flag("--kl-coef", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
+         help="[Table 7] 0.001 for grpo; 0 for dapo")
+    flag("--clip-low", type=NOT_NEGATIVE, default=0.2, help="PPO's; the paper names none")
+    flag("--clip-high", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
+         help="0.2 for grpo; 0.28 for dapo")
+    flag("--updates", type=POSITIVE, default=1, help="optimizer steps per batch of rollouts")
+    flag("--resample", type=COUNT, default=3, help="dapo: further rounds of sampling per step")
+    flag("--overlong-buffer", type=COUNT, default=0, help="dapo: tokens before --max-new-tokens "
+         "over which a length penalty grows to 1; 0 is off")
     flag = parser.add_argument_group("LatentRevise").add_argument
     flag("--revise", action="store_true", help="[Sec. 4.1] rescue zero-hit groups: the method")
     flag("--inject", default="replace", choices=["replace", "append"],
          help="the recovered trajectory replaces the rollout it came from, or joins the group")
-    flag("--injected-ratio", default="current", choices=["current", "luffy"], help="importance "
-         "ratio of injected tokens: that of any response, or LUFFY's policy shaping")
+    flag("--injected-ratio", default="current", choices=["current", "luffy"],
+         help="of injected tokens: that of any response, or LUFFY's policy shaping")
     args, rest = parser.parse_known_args(argv)
-    revision = common.Parser("", prog=parser.prog)  # described by revise.py
+    revision = common.Parser("", prog=parser.prog)
     revise.add_revision_args(revision)
     return revision.parse_args(rest, argparse.Namespace(**ALGO[args.algo] | vars(args)))
 
 
-FREE = (*training.FREE, *revise.FREE, "samples")
-
-
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together."""
-    for flag, plain in {"temperature": 1, "top_p": 1, "top_k": 0}.items():
-        if getattr(args, flag) != plain:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes "
-                            f"{plain} alone, since the ratio is that of the plain policies")
+    training.check_plain_sampling(args)
     if args.group_size < 2:
         raise UserError(f"--group-size {args.group_size}: an advantage is relative to others")
-    if args.overlong_buffer and args.algo != "dapo":
-        raise UserError("--overlong-buffer goes with --algo dapo alone")
-    if args.overlong_buffer > args.max_new_tokens:
-        raise UserError(f"--overlong-buffer {args.overlong_buffer} is beyond --max-new-tokens "
-                        f"{args.max_new_tokens}")
+    if args.overlong_buffer > (args.max_new_tokens if args.algo == "dapo" else 0):
+        raise UserError(f"--overlong-buffer {args.overlong_buffer}: goes with --algo dapo alone, "
+                        "and up to --max-new-tokens")
     if args.record_every:
         raise UserError(f"--record-every {args.record_every}: training keeps no curve")
 

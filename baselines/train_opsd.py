@@ -38,10 +38,12 @@ from helpers.common import Policy, UserError, checked
 
 # Dimension key: M response tokens of a micro-batch, V vocabulary, D model width
 
+FREE = (*training.FREE, *rollout.FREE, "samples")  # these do not change a result but for rounding
+
 
 def add_teacher_prompts(policy: Policy, problems: list[dict], args: argparse.Namespace) -> None:
-    """Give each problem its `teacher_ids`, the prompt that tells the gold answer, and leave room for
-    them in its `limit`. Raises UserError."""
+    """Give each problem its `teacher_ids`, the prompt that tells the gold answer, and leave room
+    for them in its `limit`. Raises UserError."""
     for p in problems:
         hinted = rollout.add_text(p["problem"], after=args.hint.replace("{answer}", p["answer"]))
         p["teacher_ids"] = rollout.prompt_ids(policy.tokenizer, hinted, args)
@@ -115,18 +117,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     train_grpo.add_common_args(parser, group_size=1)
     flag = parser.add_argument_group("distillation").add_argument
     flag("--beta", type=checked(float, lambda x: 0 <= x <= 1), default=0.5, help="of JSD_beta")
-    flag("--clip", type=checked(float, lambda x: x >= 0), default=0.0,
+    flag("--clip", type=training.NOT_NEGATIVE, default=0.0,
          help="largest term of a vocabulary entry; 0 is off")
     flag("--hint", default=rollout.HINT, help="what the teacher reads after the problem")
     parser.set_defaults(algo="opsd", revise=False)  # what collect() asks
     return parser.parse_args(argv)
 
 
-FREE = (*training.FREE, *rollout.FREE, "samples")
-
-
 def main(args: argparse.Namespace) -> None:
     rollout.check_sampling_args(args)
+    training.check_plain_sampling(args)
     if "{answer}" not in args.hint:
         raise UserError(f"--hint {args.hint!r} has no {{answer}}")
 

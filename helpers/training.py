@@ -4,13 +4,13 @@ Losses are sums over response tokens divided by the number of response tokens of
 step: all micro-batches and all processes, counted before the first forward. So neither changes a
 gradient.
 
-Sharded (--shard), every process holds 1/W of each parameter, gradient and moment, and FSDP2 gathers
-one block at a time. Then each forward and backward is a collective: all processes run the same
-number of them (`equal_batches`), inside FSDP2's hooks (`as_forward`).
+Sharded (--shard), every process holds a part of each parameter, gradient and moment, and FSDP2
+gathers one block at a time. Then each forward and backward is a collective: all processes run the
+same number of them (`equal_batches`), inside FSDP2's hooks (`as_forward`).
 """
 import argparse
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -45,17 +45,17 @@ HEAD_ROWS = 256
 FILE_BYTES = 4 * 2**30  # of a model file, unless a single tensor is larger
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 REMEDY = "remove it, and the run continues from the one before"
-LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+LOGGERS = ("tensorboard", "wandb")
+POSITIVE, COUNT = checked(int, lambda n: n > 0), checked(int, lambda n: n >= 0)  # argparse types
+NOT_NEGATIVE = checked(float, lambda x: x >= 0)
 
 
 # --- sharding -------------------------------------------------------------------------------------
 def is_sharded(args: argparse.Namespace, device: torch.device) -> bool:
-    """--shard auto: on for several GPUs and for bfloat16. Raises UserError for off in bfloat16.
-
-    FSDP2 is also what computes in bfloat16 over float32 weights, on one process too: it rounds the
-    weights as the copy that samples and the reference have them, so that the ratio to the sampling
-    policy starts at exactly 1 and the KL at 0. Autocast would keep float32 between the blocks, and
-    be a third policy. Several CPU processes share one memory, in which sharding saves little.
+    """--shard auto: on for several GPUs and for bfloat16, also on one process: FSDP2 is what runs
+    bfloat16 over float32 weights. It rounds them as the copy that samples and the reference have
+    them, so that the ratio to the sampling policy starts at exactly 1 and the KL at 0. Autocast
+    would keep float32 between the blocks, and be a third policy. Raises UserError for off then.
     """
     if args.shard == "off" and args.dtype == "bfloat16":
         raise UserError("--shard off: --dtype bfloat16 is computed by sharding; leave --shard out")
@@ -104,8 +104,8 @@ def full_tensor(t: Tensor) -> Tensor:
 
 
 def load_actor(model, args: argparse.Namespace, device: torch.device):
-    """The model that samples and revises, in --dtype and not sharded: where the trained one is
-    sharded a copy on every process, else the trained one itself."""
+    """The model that samples and revises, in --dtype: of a sharded one a whole copy on every
+    process, else the trained one itself."""
     return common.load_model(args, device).model if isinstance(model, fsdp.FSDPModule) else model
 
 
@@ -371,37 +371,42 @@ def is_finished(out: Path, steps: int) -> bool:
 
 # --- flags ----------------------------------------------------------------------------------------
 def logger(name: str) -> str:
-    """An argparse type: what --log-to may name."""
+    """An argparse type: one of LOGGERS that is installed."""
     if name not in LOGGERS:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(LOGGERS)}")
-    try:
-        importlib.import_module(LOGGERS[name])
-    except ImportError:
-        raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {name}") from None
+        raise argparse.ArgumentTypeError(f"{name} is neither {' nor '.join(LOGGERS)}")
+    if not importlib.util.find_spec(name):
+        raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {name}")
     return name
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Flags that the trainers have in common."""
-    flag, count = parser.add_argument_group("training").add_argument, checked(int, lambda n: n >= 0)
-    positive = checked(int, lambda n: n > 0)
-    flag("--steps", type=positive, default=100, help="optimizer steps in all; a run that is not "
+    flag = parser.add_argument_group("training").add_argument
+    flag("--steps", type=POSITIVE, default=100, help="optimizer steps in all; a run that is not "
          "finished may be continued with another number")
     flag("--lr", type=checked(float, lambda x: 0 <= x < 1), default=1e-5,
          help="[Table 7] constant learning rate of AdamW")
     flag("--grad-clip", type=checked(float, lambda x: x > 0), default=1.0,
          help="[Table 7] largest gradient norm")
-    flag("--train-tokens", type=positive, default=16384,
+    flag("--train-tokens", type=POSITIVE, default=16384,
          help="padded tokens per forward and backward: the memory flag of the update")
     flag("--checkpoint-activations", action="store_true", help="recompute activations in every "
          "backward: less memory for long rows, a third slower")
     flag("--shard", default="auto", choices=["auto", "on", "off"], help="weights, gradients and "
          "moments spread over all processes (FSDP2); auto: for bfloat16 and for several GPUs")
-    flag("--save-every", type=count, default=50, help="steps between checkpoints; 0 for none")
-    flag("--keep", type=count, default=2, help="checkpoints that stay, three times the size of the "
+    flag("--save-every", type=COUNT, default=50, help="steps between checkpoints; 0 for none")
+    flag("--keep", type=COUNT, default=2, help="checkpoints that stay, three times the size of the "
          "weights each; 0 for all. eval.py takes OUT/checkpoint-* as --model")
     flag("--log-to", nargs="*", type=logger, default=[], metavar="LOGGER",
          help="metrics to tensorboard or wandb (WANDB_PROJECT) as well")
+
+
+def check_plain_sampling(args: argparse.Namespace) -> None:
+    """Raises UserError for flags with which samples are not those of the policy that is trained."""
+    for flag, plain in {"temperature": 1, "top_p": 1, "top_k": 0}.items():
+        if getattr(args, flag) != plain:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes "
+                            f"{plain} alone, since the policy that samples is the one that learns")
 
 
 # These do not change a result in float32: the learning rate is constant, so neither do --steps

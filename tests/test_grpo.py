@@ -488,8 +488,9 @@ def recorders(monkeypatch):
     wandb_run = types.SimpleNamespace(log=lambda metrics, step: calls.append(("wandb", step, metrics)))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
         SummaryWriter=lambda folder, purge_step: calls.append(("open", folder, purge_step)) or board))
+    monkeypatch.setitem(sys.modules, "tensorboard", types.SimpleNamespace(__spec__=True))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-        init=lambda **how: calls.append(("init", how)) or wandb_run))
+        __spec__=True, init=lambda **how: calls.append(("init", how)) or wandb_run))
     return calls
 
 
@@ -508,10 +509,10 @@ def test_tensorboard_and_wandb_get_every_metric_of_every_step(tmp_path, model_di
         (k, v, m["step"]) for m in metrics for k, v in m.items() if k != "step")
 
 
-@pytest.mark.parametrize("name,module", training.LOGGERS.items())
+@pytest.mark.parametrize("name", training.LOGGERS)
 @pytest.mark.parametrize("get_args", [train_grpo.get_args, train_sft.get_args], ids=["grpo", "sft"])
-def test_a_logger_that_is_not_installed_is_one_line_naming_the_flag(monkeypatch, capsys, name, module, get_args):
-    monkeypatch.setitem(sys.modules, module, None)  # as an import of what is not there
+def test_a_logger_that_is_not_installed_is_one_line_naming_the_flag(monkeypatch, capsys, name, get_args):
+    monkeypatch.setitem(sys.modules, name, None)  # as what is not there
     with pytest.raises(SystemExit):
         get_args(["--model", "m", "--data", "d", "--out", "o", "--log-to", name])
     assert capsys.readouterr().err.endswith(f"argument --log-to: {name} is not installed: pip install {name}\n")
