@@ -17,6 +17,7 @@ import resource
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -286,7 +287,8 @@ def save_model(folder: Path, policy: Policy) -> None:
 
 
 def save_checkpoint(out: Path, policy: Policy, optimizer, state: dict, keep: int) -> None:
-    """OUT/checkpoint-STEP: model, optimizer and state. The last `keep` stay, all if it is 0."""
+    """OUT/checkpoint-STEP: model, optimizer and state. The last `keep` stay, all if it is 0, those
+    before the last two without the optimizer."""
     folder, aside = out / f"checkpoint-{state['step']:06d}", out / "checkpoint.tmp"
     save_model(aside, policy)
     for key in MOMENTS:  # a file each: no more memory than the weights
@@ -298,9 +300,17 @@ def save_checkpoint(out: Path, policy: Policy, optimizer, state: dict, keep: int
         (aside / "state.json").write_text(json.dumps(state) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
-        for old in sorted(out.glob("checkpoint-*"))[:-keep]:  # [:-0] is none
+        folders = sorted(out.glob("checkpoint-*"))
+        for old in folders[:-keep]:  # [:-0] is none
             shutil.rmtree(old)
+        drop_optimizers(folders[:-2])
     common.barrier()
+
+
+def drop_optimizers(folders: Iterable[Path]) -> None:
+    """Of checkpoints that nothing continues from: what stays is a model, a third of the size."""
+    for path in (p for folder in folders for p in folder.glob("optimizer-*")):
+        path.unlink()
 
 
 def read_headers(folder: Path) -> tuple[dict, set[str]]:
@@ -352,6 +362,7 @@ def finish(out: Path, policy: Policy, steps: int) -> None:
     if common.rank() == 0:
         os.replace(out / "model.tmp", out / "model")
         shutil.rmtree(out / "checkpoint.tmp", ignore_errors=True)  # of a kill
+        drop_optimizers(out.glob("checkpoint-*"))
         print(f"{steps} steps; model in {out / 'model'}")
     common.barrier()
 
@@ -365,6 +376,7 @@ def is_finished(out: Path, steps: int) -> bool:
         raise UserError(f"--steps {steps}: {out / 'model'} was finished after {last} steps; a new "
                         "run can start from it as --model")
     if common.rank() == 0:
+        drop_optimizers(out.glob("checkpoint-*"))  # where a kill came before
         print(f"{out / 'model'} is trained already")
     return True
 
@@ -395,8 +407,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     flag("--shard", default="auto", choices=["auto", "on", "off"], help="weights, gradients and "
          "moments spread over all processes (FSDP2); auto: for bfloat16 and for several GPUs")
     flag("--save-every", type=COUNT, default=50, help="steps between checkpoints; 0 for none")
-    flag("--keep", type=COUNT, default=2, help="checkpoints that stay, three times the size of the "
-         "weights each; 0 for all. eval.py takes OUT/checkpoint-* as --model")
+    flag("--keep", type=COUNT, default=2, help="checkpoints that stay; 0 for all. A run continues "
+         "from the last two; all are models for eval.py --model OUT/checkpoint-*")
     flag("--log-to", nargs="*", type=logger, default=[], metavar="LOGGER",
          help="metrics to tensorboard or wandb (WANDB_PROJECT) as well")
 

@@ -20,7 +20,9 @@ from test_train import (
     gradients,
     literal_logprobs,
     make_rows,
+    sft_args,
     weights_of,
+    write_rows,
 )
 
 import train_grpo
@@ -233,18 +235,13 @@ def test_luffy_shaping_of_injected_tokens_equals_a_hand_computation():
 @pytest.mark.parametrize("updates", [1, 2])
 def test_injected_ratio_in_the_update_equals_the_formula_differentiated(monkeypatch, ratio, updates):
     args = grpo_args("--injected-ratio", ratio, "--kl-coef", 0, "--train-tokens", 30, "--updates", updates)
-    model, rows = tiny_model("qwen2"), make_rows(SIZES)
-    for r, a in zip(rows, (1.5, -0.5, -0.5, -0.5, 1.0)):
-        r["advantage"] = a
-    rows[0]["injected"] = rows[4]["injected"] = True
-    terms = []
+    model, terms = tiny_model("qwen2"), []
+    rows = [r | {"advantage": a, "injected": a > 0} for r, a in zip(make_rows(SIZES), (1.5, -0.5, -0.5, -0.5, 1.0))]
     for r in rows:
-        for t, token in enumerate(r["response_ids"]):
-            ids = torch.tensor([r["prompt_ids"] + r["response_ids"][:t]])
-            p = model(input_ids=ids, use_cache=False).logits[0, -1].softmax(-1)[token]
-            off = ratio == "luffy" and r.get("injected")
-            terms.append(-r["advantage"] * (p / (p + 0.1) if off else p / p.detach()))  # on policy the ratio is 1
-    torch.stack(terms).mean().backward()
+        p = literal_logprobs(model, r)[0].exp()
+        off = ratio == "luffy" and r["injected"]
+        terms.append(-r["advantage"] * (p / (p + 0.1) if off else p / p.detach()))  # on policy the ratio is 1
+    torch.cat(terms).mean().backward()
     expected, seen = gradients(model), []
     monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
     train_grpo.update(model, None, None, rows, args)
@@ -254,19 +251,17 @@ def test_injected_ratio_in_the_update_equals_the_formula_differentiated(monkeypa
 
 
 # --- batches: dynamic sampling ----------------------------------------------------------------------------------------
-def fake_groups(rewards, calls):
+def collect(args, rewards, monkeypatch, cursor=0):
+    """What collect() returns, and what was sampled: (key, ids) of every round. rewards: {id: those of its group}."""
+    calls = []
+
     def sample_groups(policy, problems, key, args, verify):
         calls.append((key, [p["id"] for p in problems]))
         return [[{"id": p["id"], "sample": s, "reward": r, "response_ids": [5] * 4, "finish": "eos"}
                  for s, r in enumerate(rewards[p["id"]])] for p in problems]
-    return sample_groups
 
-
-def collect(args, rewards, monkeypatch, step=1, cursor=0):
-    calls = []
-    monkeypatch.setattr(train_grpo, "sample_groups", fake_groups(rewards, calls))
-    problems = [{"id": i} for i in rewards]
-    return *train_grpo.collect(None, problems, step, cursor, args, None), calls
+    monkeypatch.setattr(train_grpo, "sample_groups", sample_groups)
+    return *train_grpo.collect(None, [{"id": i} for i in rewards], 1, cursor, args, None), calls
 
 
 REWARDS = {f"p{i}": [[0, 0], [1, 1], [0, 1]][i % 3] for i in range(12)}
@@ -285,26 +280,20 @@ def test_dapo_dynamic_sampling_drops_groups_without_signal_and_fills_the_batch(m
     assert counts["groups"] == len(order) and counts["zero_hit"] == sum(i % 3 == 0 for i in order)
 
 
-def test_dapo_last_round_gives_no_more_than_the_batch_needs(monkeypatch):
-    rewards = {f"p{i}": [0, 1] if i else [0, 0] for i in range(4)}  # three of a round of four have signal
-    groups, cursor, counts, calls = collect(grpo_args("--algo", "dapo", "--batch-size", 4), rewards, monkeypatch)
-    assert len(groups) == counts["kept"] == 4 and len(calls) == 2 and cursor == 8
-
-
-def test_dapo_rounds_are_bounded_then_the_batch_is_smaller(monkeypatch):
-    rewards = {i: [0, 0] for i in "abcdefgh"} | {"z": [0, 1]}
-    args = grpo_args("--algo", "dapo", "--batch-size", 3, "--resample", 2)
-    groups, _, counts, calls = collect(args, rewards, monkeypatch)
-    assert len(calls) == 3 and counts["kept"] == len(groups) == 1
+@pytest.mark.parametrize("rewards,resample,kept,rounds", [
+    ({"a": [0, 0]} | {i: [0, 1] for i in "bcd"}, 3, 4, 2),  # three of a round of four have signal
+    ({i: [0, 0] for i in "abcdefghijk"} | {"z": [0, 1]}, 2, 1, 3)], ids=["no more than needed", "bounded"])
+def test_dapo_rounds_end(monkeypatch, rewards, resample, kept, rounds):
+    args = grpo_args("--algo", "dapo", "--batch-size", 4, "--resample", resample)
+    groups, cursor, counts, calls = collect(args, rewards, monkeypatch)
+    assert len(groups) == counts["kept"] == kept and len(calls) == rounds and cursor == 4 * rounds
 
 
 def test_dapo_samples_a_prompt_anew_when_a_further_round_meets_it_again(monkeypatch):
-    rewards = {"a": [0, 0], "b": [0, 1]}
     args = grpo_args("--algo", "dapo", "--batch-size", 2, "--resample", 1)
-    groups, _, _, calls = collect(args, rewards, monkeypatch)
-    assert [sorted(ids) for _, ids in calls] == [["a", "b"]] * 2
+    groups, _, _, calls = collect(args, {"a": [0, 0], "b": [0, 1]}, monkeypatch)
+    assert [sorted(ids) for _, ids in calls] == [["a", "b"]] * 2 and len(groups) == 2
     assert len({key for key, _ in calls}) == 2  # the same random numbers would give the very same responses
-    assert len(groups) == 2
 
 
 def test_grpo_keeps_every_group_and_samples_once(monkeypatch):
@@ -406,21 +395,21 @@ def test_sec41_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_f
         assert advantage == pytest.approx([-(0.2**0.5)] * 4 + [0.8 / 0.2**0.5], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--algo", "dapo", "--resample", "2", "--batch-size", "3"],
-                                   ["--batch-size", "1", "--group-size", "2", "--steps", "6"]],
-                         ids=["grpo", "dapo", "one-prompt"])
-def test_grpo_with_revise_is_the_same_on_one_and_two_processes(tmp_path, model_dir, world, flags):
-    for n in (1, 2):
-        train(model_dir, world[0], tmp_path / str(n), world[1], "--steps", 3, "--revise", "--train-tokens", 200,
-              *flags, processes=n, draws=tmp_path / str(n))
-    assert_same_runs(tmp_path / "1", tmp_path / "2", model_dir)
-    assert any(m["rescued"] > 0 for m in read(tmp_path / "1" / "metrics.jsonl"))
+@pytest.mark.parametrize("flags", [[], ["--updates", 2], ["--algo", "dapo", "--resample", 2, "--batch-size", 3],
+                                   ["--batch-size", 1, "--group-size", 2, "--steps", 6, "--checkpoint-activations"]],
+                         ids=["grpo", "updates", "dapo", "one-prompt"])
+def test_grpo_with_revise_is_the_same_on_one_and_two_processes_and_sharded(tmp_path, model_dir, world, flags):
+    for n, shard in ((1, "off"), (2, "off"), (2, "on")):
+        out = tmp_path / f"{n}-{shard}"
+        train(model_dir, world[0], out, world[1], "--steps", 3, "--revise", "--train-tokens", 60, *flags, "--shard",
+              shard, processes=n, draws=out)
+        assert_same_runs(tmp_path / "1-off", out, model_dir)
+    assert any(m["rescued"] > 0 for m in read(out / "metrics.jsonl"))
 
 
 def test_sec41_groups_with_a_hit_are_never_revised(monkeypatch):
     monkeypatch.setattr(train_grpo.revise, "revise_batch", None)
-    groups = [[{"id": g, "sample": s, "prompt_ids": [5], "response_ids": [6] * 10, "reward": int(s == 0)}
-               for s in range(4)] for g in range(3)]
+    groups = [group(name, [1, 0, 0, 0]) for name in "abc"]
     assert train_grpo.rescue(None, groups, (0, 1), grpo_args("--revise"), None) == (groups, 0)
 
 
@@ -481,32 +470,23 @@ def test_counts_of_a_step_are_over_all_its_rounds(monkeypatch):
         assert counts[key] == expected, key
 
 
-def recorders(monkeypatch):
-    """Stand-ins for the two optional packages, and what they were told."""
+def test_tensorboard_and_wandb_get_every_metric_of_every_step(tmp_path, model_dir, monkeypatch):
+    """Stand-ins for the two optional packages note what they are told."""
     calls = []
     board = types.SimpleNamespace(add_scalar=lambda *a: calls.append(("board", *a)), flush=lambda: None)
-    wandb_run = types.SimpleNamespace(log=lambda metrics, step: calls.append(("wandb", step, metrics)))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
-        SummaryWriter=lambda folder, purge_step: calls.append(("open", folder, purge_step)) or board))
-    monkeypatch.setitem(sys.modules, "tensorboard", types.SimpleNamespace(__spec__=True))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-        __spec__=True, init=lambda **how: calls.append(("init", how)) or wandb_run))
-    return calls
-
-
-def test_tensorboard_and_wandb_get_every_metric_of_every_step(tmp_path, model_dir, monkeypatch):
-    calls = recorders(monkeypatch)
-    data = tmp_path / "rows.jsonl"
-    data.write_text(common.to_line({"prompt_ids": [5, 6], "response_ids": [7, 1]}))
-    train_sft.main(train_sft.get_args(list(map(str, [
-        "--model", model_dir, "--data", data, "--out", tmp_path / "o", "--steps", 2, "--batch-size", 1,
-        "--device", "cpu", "--log-to", "tensorboard", "wandb"]))))
+    run = types.SimpleNamespace(log=lambda metrics, step: calls.append(("wandb", step, metrics)))
+    for name, module in {"tensorboard": {}, "torch.utils.tensorboard": {
+            "SummaryWriter": lambda folder, purge_step: calls.append(("open", folder, purge_step)) or board},
+            "wandb": {"init": lambda **how: calls.append(("init", how["name"])) or run}}.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(__spec__=True, **module))
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(SIZES))
+    train_sft.main(sft_args(model_dir, data, tmp_path / "o", "--steps", "2", "--batch-size", "1",
+                            "--log-to", "tensorboard", "wandb"))
     metrics = read(tmp_path / "o" / "metrics.jsonl")
-    assert [c[1:] for c in calls if c[0] == "open"] == [(str(tmp_path / "o" / "tensorboard"), 1)]
-    assert [c[1]["name"] for c in calls if c[0] == "init"] == ["o"]
-    assert [c[1:] for c in calls if c[0] == "wandb"] == [(m["step"], m) for m in metrics]
-    assert sorted(c[1:] for c in calls if c[0] == "board") == sorted(
-        (k, v, m["step"]) for m in metrics for k, v in m.items() if k != "step")
+    told = lambda name: [c[1:] for c in calls if c[0] == name]
+    assert told("open") == [(str(tmp_path / "o" / "tensorboard"), 1)] and told("init") == [("o",)]
+    assert told("wandb") == [(m["step"], m) for m in metrics]
+    assert sorted(told("board")) == sorted((k, v, m["step"]) for m in metrics for k, v in m.items() if k != "step")
 
 
 @pytest.mark.parametrize("name", training.LOGGERS)

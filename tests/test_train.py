@@ -167,14 +167,15 @@ def assert_same_runs(a, b, model_dir, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("size", [3, 1])
-def test_sft_is_the_same_on_one_and_two_processes(tmp_path, model_dir, size):
+def test_sft_is_the_same_on_one_and_two_processes_and_sharded(tmp_path, model_dir, size):
     """Of one row a step, a process has none."""
     data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
-    for n in (1, 2):
+    for n, shard in ((1, "off"), (1, "on"), (2, "off"), (2, "on")):
+        out = tmp_path / f"{n}-{shard}"
         stage("train_sft.py", "--model", model_dir, "--data", data, "--steps", 3, "--batch-size", size, "--device",
-              "cpu", "--train-tokens", 20, "--out", tmp_path / str(n), processes=n)
-    assert_same_metrics(tmp_path / "1", tmp_path / "2", 1e-6)
-    assert_same_training(tmp_path / "1", tmp_path / "2", load_file(model_dir / "model.safetensors"))
+              "cpu", "--train-tokens", 20, "--shard", shard, "--out", out, processes=n)
+        assert_same_metrics(tmp_path / "1-off", out, 1e-6 if shard == "off" else 1e-5)
+        assert_same_training(tmp_path / "1-off", out, load_file(model_dir / "model.safetensors"))
 
 
 def test_sft_first_loss_is_the_models_own_cross_entropy(tmp_path, model_dir):
@@ -260,6 +261,15 @@ def test_the_last_checkpoints_stay(tmp_path, model_dir, keep, steps):
     train_sft.main(sft_args(model_dir, data, out, "--steps", "5", "--batch-size", "1", "--save-every", "1",
                             "--keep", str(keep)))
     assert sorted(p.name for p in out.glob("checkpoint*")) == [f"checkpoint-{step:06d}" for step in steps]
+    assert not list(out.glob("*/optimizer*"))  # nothing continues a finished run
+
+
+def test_checkpoints_before_the_last_two_are_models_alone(tmp_path):
+    policy = common.Policy(tiny_model("qwen2"), tiny_tokenizer(), TOKENS, [1])
+    optimizer = training.make_optimizer(policy.model, argparse.Namespace(lr=0.1))
+    for step in (1, 2, 3, 4):
+        training.save_checkpoint(tmp_path, policy, optimizer, {"step": step}, keep=3)
+    assert {p.name[-1]: len(list(p.glob("optimizer*"))) for p in tmp_path.iterdir()} == {"2": 0, "3": 3, "4": 3}
 
 
 def test_eval_takes_checkpoints_as_models(tmp_path, straight):
@@ -275,13 +285,11 @@ def test_eval_takes_checkpoints_as_models(tmp_path, straight):
     assert len(numbers) == 4 and numbers[1] == numbers[3] and numbers[0] != numbers[1] != numbers[2]
 
 
-def test_a_checkpoint_is_safetensors_and_text_alone(straight):
-    for folder in straight[0].glob("checkpoint-*"):
-        for path in folder.iterdir():
-            if path.suffix == ".safetensors":
-                load_file(path)
-            else:
-                assert path.suffix in (".json", ".jinja") and path.read_text()
+def test_a_checkpoint_is_safetensors_and_text_alone(tmp_path, straight):
+    stage("train_sft.py", *straight[1], "--out", tmp_path / "o", kill_at=7)
+    files = [p for p in (tmp_path / "o/checkpoint-000002").iterdir() if p.suffix != ".safetensors"]
+    assert all(p.suffix in (".json", ".jinja") and p.read_text() for p in files)
+    assert len(list((tmp_path / "o/checkpoint-000002").glob("optimizer-*.safetensors"))) == 3
 
 
 def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_path):
