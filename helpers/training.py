@@ -302,7 +302,8 @@ def save_checkpoint(out: Path, policy: Policy, optimizer, state: dict, keep: int
         os.replace(aside, folder)
         folders = sorted(out.glob("checkpoint-*"))
         for old in folders[:-keep]:  # [:-0] is none
-            shutil.rmtree(old)
+            os.replace(old, aside)  # so that a kill leaves no half of it under its name
+            shutil.rmtree(aside)
         drop_optimizers(folders[:-2])
     common.barrier()
 
@@ -348,8 +349,8 @@ def load_checkpoint(out: Path, model, optimizer, steps: int) -> dict:
             dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     if common.rank() == 0:
         for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-            rows = common.read_jsonl(path, drop_torn=True) if path.exists() else []
-            if rows:
+            if path.exists():
+                rows = common.read_jsonl(path, drop_torn=True)
                 common.write_atomic(path, "".join(
                     common.to_line(r) for r in rows if r["step"] <= state["step"]))
     common.barrier()
