@@ -345,8 +345,11 @@ def load_checkpoint(out: Path, model, optimizer, steps: int) -> dict:
         if names != wanted.keys():
             raise UserError(f"{folder}: damaged, or not of --model: {len(names ^ wanted.keys())} "
                             f"tensors such as {min(names ^ wanted.keys())}; {REMEDY}")
-        with warnings.catch_warnings(action="ignore"):  # of one process that is in no group
-            dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of one process that is in no group
+                dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        except dcp.CheckpointException:  # tensors of other shapes
+            raise UserError(f"{folder}: damaged, or not of --model; {REMEDY}") from None
     if common.rank() == 0:
         for path in (out / "metrics.jsonl", out / "samples.jsonl"):
             if path.exists():

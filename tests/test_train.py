@@ -1,5 +1,6 @@
 """train_sft.py and train_grpo.py against loops written the obvious way, for any micro-batch, process count, restart."""
 import argparse
+import copy
 
 import pytest
 import torch
@@ -311,6 +312,8 @@ def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_p
         assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
     with pytest.raises(common.UserError, match="--steps 1: --out holds a checkpoint of step 2"):
         training.load_checkpoint(tmp_path, other.model, optimizers[1], 1)
-    with pytest.raises(common.UserError, match="checkpoint-000002: damaged, or not of --model"):
-        tied = tiny_model("qwen2")
-        training.load_checkpoint(tmp_path, tied, training.make_optimizer(tied, argparse.Namespace(lr=1e-2)), 9)
+    wider = copy.deepcopy(model.config)
+    wider.intermediate_size *= 2
+    for wrong in (tiny_model("qwen2"), type(model)(wider)):  # other names, other shapes
+        with pytest.raises(common.UserError, match="checkpoint-000002: damaged, or not of --model"):
+            training.load_checkpoint(tmp_path, wrong, training.make_optimizer(wrong, argparse.Namespace(lr=1e-2)), 9)
