@@ -118,7 +118,7 @@ def soft_prefix(W: Tensor, atoms: list[Tensor], weights: list[float]) -> Tensor:
 
 
 def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: Tensor, args: argparse.Namespace,
-                    keep: set[int] = frozenset()) -> list[dict[int, Tensor]]:
+                    keep: set[int] = frozenset(), seed: int = 0) -> list[dict[int, Tensor]]:
     """Algorithm 1 on a batch, the model frozen: every rollout's revised prefix, (R, D) float32, after the steps in
     `keep` and after the last, {step: prefix}.
 
@@ -140,7 +140,7 @@ def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: T
     with packed.frozen(model, args.checkpoint_activations):
         for i in range(1, args.revision_steps + 1):  # Alg. 1, for i = 1..K
             if args.vertices == "random":  # noise needs no gradient, and so no pass: no losses, no gap, no early stop
-                moving = {b: (None, controls.random_vertices(batch[b], i, allowed, args.seed)) for b in active}
+                moving = {b: (None, controls.random_vertices(batch[b], i, allowed, seed)) for b in active}
             else:
                 if tensors is None:
                     tensors = packed.pack(
@@ -190,12 +190,15 @@ def cut(response_ids: list[int], rho: float) -> int:
     return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
 
-def revise_batch(policy: common.Policy, rollouts: list[dict], args: argparse.Namespace, verify) -> list[dict]:
+def revise_batch(policy: common.Policy, rollouts: list[dict], args: argparse.Namespace, verify,
+                 seed: int | None = None) -> list[dict]:
     """Algorithm 1, decoding, verification and projection for failed rollouts (records of rollout.py).
 
     A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one. Returns one record per
     rollout, in order; in float32 nothing in it depends on the batch, up to rounding (see helpers/sampling.py).
+    seed: of the draws, in place of --seed.
     """
+    seed = args.seed if seed is None else seed
     model, tokenizer = policy.model, policy.tokenizer
     W = model.get_input_embeddings().weight.detach()
     allowed = allowed_rows(tokenizer, policy.vocab, len(W), args.vertex_rows).to(W.device)
@@ -207,12 +210,12 @@ def revise_batch(policy: common.Policy, rollouts: list[dict], args: argparse.Nam
     # Decode from the soft prefix; with --record-every also after fewer steps, for the curves of Fig. 3
     steps = {args.revision_steps, *(range(0, args.revision_steps, args.record_every) if args.record_every else ())}
     if args.start == "soft":
-        prefixes = revise_prefixes(model, batch, template, allowed, args, steps)
+        prefixes = revise_prefixes(model, batch, template, allowed, args, steps, seed)
     else:  # controls: hard prefix, or none
         prefixes = [dict.fromkeys(steps, soft_prefix(W, f.atoms, f.weights)) for f in batch]
     results = [{} for _ in batch]
     questions = [W[torch.tensor(f.q, device=W.device)] for f in batch]  # Embed(q), each (Q, D)
-    keys = [[rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
+    keys = [[rollout.row_key(seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
             for f in batch]
     limits = [int(min(args.max_new_tokens - len(f.r), policy.context - len(f.q) - len(f.r))) for f in batch]
     for step in sorted(steps):

@@ -56,13 +56,14 @@ RECOVERY = {
         "losses as means": "--reduction mean",
         "no special tokens as vertices": "--vertex-rows text"}}
 
-# arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's
+# arm -> flags of train_grpo.py (OPSD: of train_opsd.py), or the file that train_sft.py learns from. Table 1 and more;
+# {template}: the world's
 HARD = {
     "RFT": "rft-samples/rollouts.jsonl",
     "GRPO N=8": "",
     "GRPO N=16": "--group-size 16",
     "DAPO": "--algo dapo",
-    "OPSD": "--algo opsd --group-size 8 --opsd-hint '{template}{{answer}}}}. Check your work.'",
+    "OPSD": "--group-size 8 --hint '{template}{{answer}}}}. Check your work.'",
     "SFT+LatentRevise": "revise/latentrevise/recovered.jsonl",
     "SFT+LatentRevise, sound only": "recovered-sound.jsonl",
     "SFT+LatentRevise, likely only": "revise/likely-only/recovered.jsonl",
@@ -131,8 +132,9 @@ def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
         flags, run = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
         if not flags.endswith(".jsonl"):
             data = "data/train.jsonl" if folder == "full" else "rollouts/zero_hit.jsonl"
-            return (f"train_grpo.py {shared} {PROBLEMS} --batch-size {size['batch']} --sample-every 1 "
-                    f"--sample-groups 0 --data {base}/{data} {flags} {run}")
+            script = "-m baselines.train_opsd" if arm == "OPSD" else "train_grpo.py"
+            return (f"{script} {shared} {PROBLEMS} --batch-size {size['batch']} --samples 1 0 "
+                    f"--data {base}/{data} {flags} {run}")
         if not any(r["reward"] for r in common.read_jsonl(base / flags)):
             return ""
         return f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {run}"

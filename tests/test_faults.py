@@ -35,7 +35,7 @@ from test_inputs import READERS, SAMPLERS, STAGES, Desk, desk  # noqa: F401 (a f
 
 import revise
 from experiments import show
-from helpers import checkpoints, common, training
+from helpers import common, training
 
 # A verifier that hits and misses, and does to one process what a file named `trigger` beside it says: "rank call what".
 VERIFIER = """import os, pathlib, time
@@ -72,7 +72,7 @@ class World:
         self.flags["revise"] = [*shared, *sampling, "--rollouts", rollouts, "--continuations", 2, "--revision-steps", 2,
                                 "--revise-tokens", 120]
         self.flags["train_sft"] = [*shared, "--data", rollouts / "rollouts.jsonl", "--steps", 6, "--save-every", 2,
-                                   "--decode-rows", 3]
+                                   "--batch-size", 3]
 
     def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(), **env: str) -> list:
         """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time.
@@ -173,9 +173,14 @@ def test_leftover_temporary_files_are_written_over(tmp_path, world):
         world.finishes_like_an_undisturbed_run(name, tmp_path / name)
 
 
-DAMAGE = {"a cut model": ("model.safetensors", -1), "a cut optimizer": ("optimizer-00000.safetensors", 100),
+DAMAGE = {"a cut model": ("model.safetensors", -1), "a cut optimizer": ("optimizer-exp_avg.safetensors", 100),
           "an empty model": ("model.safetensors", 0), "a cut state": ("state.json", 5),
-          "no optimizer": ("optimizer-00000.safetensors", None)}
+          "no optimizer": ("optimizer-step.safetensors", None)}
+
+
+def load_checkpoint(out: Path, model) -> dict:
+    optimizer = training.make_optimizer(model, type("", (), {"lr": 0.1}))
+    return training.load_checkpoint(out, model, optimizer, 80)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world):
@@ -190,7 +195,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world
             path.write_bytes(data[:size])
         before = files(tmp_path / "o")
         with pytest.raises(common.UserError, match=r"checkpoint-000004: damaged .*remove it"):
-            checkpoints.load(tmp_path / "o", tiny_model("qwen2"), None)
+            load_checkpoint(tmp_path / "o", tiny_model("qwen2"))
         if kind == "a cut model":
             codes, errors = world.run("train_sft", tmp_path / "o")
             assert codes == [2] and re.match(
@@ -214,16 +219,17 @@ class Trap:
 
 def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
     model = tiny_model("qwen2")
-    checkpoints.save(tmp_path, 2, model, tiny_tokenizer(), training.make_optimizer(
-        model, type("", (), {"lr": 0.1, "weight_decay": 0})), {})
+    optimizer = training.make_optimizer(model, type("", (), {"lr": 0.1}))
+    training.save_checkpoint(tmp_path, common.Policy(model, tiny_tokenizer(), 0, []), optimizer, {"step": 2}, 2)
     folder = tmp_path / "checkpoint-000002"
-    for name, pickled in [("model.safetensors", "pytorch_model.bin"), ("optimizer-00000.safetensors", "optimizer.pt")]:
+    for name, pickled in [("model.safetensors", "pytorch_model.bin"),
+                          ("optimizer-exp_avg.safetensors", "optimizer.pt")]:
         safe = (folder / name).read_bytes()
         for place in (pickled, name):  # beside the name that is expected, and under it
             (folder / name).unlink()
             torch.save(Trap(tmp_path / "sprung"), folder / place)
             with pytest.raises(common.UserError, match="damaged"):
-                checkpoints.load(tmp_path, model, None)
+                load_checkpoint(tmp_path, model)
             (folder / place).unlink()
             (folder / name).write_bytes(safe)
     assert not (tmp_path / "sprung").exists()
@@ -366,7 +372,7 @@ def test_processes_meet_before_the_gradients_are_summed(monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 2)
     monkeypatch.setattr(common, "barrier", lambda: order.append("meet"))
     monkeypatch.setattr(training.dist, "all_reduce", lambda g: order.append("sum"))
-    training.apply_gradients(model, training.make_optimizer(model, type("", (), {"lr": 0, "weight_decay": 0})), 1.0)
+    training.apply_gradients(model, training.make_optimizer(model, type("", (), {"lr": 0})), 1.0)
     assert order == ["meet"] + ["sum"] * len(list(model.parameters()))
 
 
@@ -446,7 +452,7 @@ def test_logits_that_become_nan_in_mid_response(monkeypatch):
 def test_a_gradient_that_is_not_finite_changes_no_weight():
     model = tiny_model("qwen2")
     before = [p.clone() for p in model.parameters()]
-    optimizer = training.make_optimizer(model, type("", (), {"lr": 0.1, "weight_decay": 0.1}))
+    optimizer = training.make_optimizer(model, type("", (), {"lr": 0.1}))
     for bad in (torch.nan, torch.inf):
         for p in model.parameters():
             p.grad = torch.ones_like(p)

@@ -417,7 +417,7 @@ def test_no_source_runs_text_or_unpickles(name):
 def documented_commands():
     """(where, command) of every stage command in docstrings, README code blocks and recipes."""
     found = []
-    for name in [*STAGES, "baselines.hint", "experiments.real_model", "recipes.get_data"]:
+    for name in [*STAGES, "baselines.hint", "baselines.train_opsd", "experiments.real_model", "recipes.get_data"]:
         doc = re.sub(r"\\\n *", " ", importlib.import_module(name).__doc__)
         found += [(f"{name}.py", re.split(r" {3,}", line.strip())[0])  # a remark may stand at the right
                   for line in doc.splitlines() if re.match(r"\s+(python|torchrun) ", line)]
