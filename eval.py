@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import rollout
-from helpers import benchmarks, common
+from helpers import benchmarks, common, sampling
 from helpers.common import UserError
 
 BOOTSTRAP = 10_000  # resamples
@@ -89,7 +89,7 @@ def table(results: list[dict], ks: list[int]) -> str:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     common.add_model_args(parser, several=True)
     parser.add_argument("--data", nargs="+", default=[], help="[ours] problem sets, JSONL")
     parser.add_argument("--benchmarks", type=lambda names: names.split(","), default=[],
@@ -99,7 +99,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="[ours] output folder")
     parser.add_argument("-n", "--n", type=int, default=32, help="[Table 1] samples per problem")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 32], help="[Table 1] pass@k for these k")
-    rollout.add_sampling_args(parser, max_new_tokens=32000)
+    sampling.add_sampling_args(parser, max_new_tokens=32000)
     rollout.add_problem_args(parser)
     return parser.parse_args(argv)
 
@@ -112,9 +112,8 @@ FREE = (*PAIR_FREE, "model", "data")
 
 def read_sets(args: argparse.Namespace) -> dict[str, tuple[list[dict], str, str]]:
     """{name: (all problems, where from, digest)} of --data and --benchmarks. Raises UserError naming file or flag."""
-    whole = argparse.Namespace(**vars(args) | {"limit": 0})
     names = distinct_names(args.data) if args.data else []
-    sets = {name: (rollout.read_problems(path, whole), path, common.file_digest(path))
+    sets = {name: (rollout.read_problems(path, args, limit=0), path, common.file_digest(path))
             for name, path in zip(names, args.data)}
     for name in args.benchmarks:
         if name in sets:
@@ -138,7 +137,6 @@ def report_overlap(sets: dict, args: argparse.Namespace) -> dict[str, dict]:
 
 
 def main(args: argparse.Namespace) -> list[dict]:
-    rollout.check_sampling_args(args)
     if not all(1 <= k <= args.n for k in args.k):
         raise UserError(f"--k {args.k}: each must be between 1 and -n {args.n}")
     sets = read_sets(args)
@@ -157,7 +155,7 @@ def main(args: argparse.Namespace) -> list[dict]:
             folder = common.start_run(out / name / data, pair, PAIR_FREE, data_digest=digest)
             found = rollout.run_rollouts(policy, problems, args.n, folder, args, f"{name} {data}")
             summary = rollout.summarise(problems, args.n, found)
-            correct = [sum(found[p["id"], s][0] for s in range(args.n)) for p in problems]
+            correct = rollout.hits_per_problem(problems, args.n, found)
             values = {str(k): [pass_at_k(args.n, c, k) for c in correct] for k in args.k}
             results.append({"model": name, "data": data, "n": args.n, "problems": len(problems),
                             "pass": {k: sum(v) / len(v) for k, v in values.items()},  # denominator: problems

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rollout
-from helpers import common, controls, packed
+from helpers import common, controls, packed, sampling
 from helpers.common import UserError
 
 # Dimension key: B rollouts, Q prompt, R prefix, N = sum of R over the batch, V vocabulary rows, D model width
@@ -211,13 +211,12 @@ def revise_batch(policy: common.Policy, rollouts: list[dict], args: argparse.Nam
         prefixes = [dict.fromkeys(steps, soft_prefix(W, f.atoms, f.weights)) for f in batch]
     results = [{} for _ in batch]
     questions = [W[torch.tensor(f.q, device=W.device)] for f in batch]  # Embed(q), each (Q, D)
-    keys = [[rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
+    keys = [[sampling.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
             for f in batch]
     limits = [int(min(args.max_new_tokens - len(f.r), policy.context - len(f.q) - len(f.r))) for f in batch]
     for step in sorted(steps):
         prompts = [torch.cat([q, E[step].to(q.dtype)]) for q, E in zip(questions, prefixes)]
-        samples = rollout.sample(policy, prompts, keys, limits, temperature=args.temperature, top_k=args.top_k,
-                                 top_p=args.top_p, slots=args.decode_rows, max_tokens=args.decode_tokens)
+        samples = sampling.sample(policy, prompts, keys, limits, **sampling.settings(args))
         for result, s in zip(results, samples):
             result[step] = s
 
@@ -403,7 +402,7 @@ def check_revision_args(args: argparse.Namespace) -> None:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     common.add_model_args(parser)
     parser.add_argument("--rollouts", required=True, help="[ours] output folder of rollout.py, or its rollouts.jsonl")
     parser.add_argument("--out", required=True, help="[ours] output folder")
@@ -414,7 +413,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
                         help="[ours] control: steer toward another prompt's answer")
     add_revision_args(parser)
-    rollout.add_sampling_args(parser)
+    sampling.add_sampling_args(parser)
     return parser.parse_args(argv)
 
 
@@ -422,7 +421,6 @@ FREE = (*rollout.FREE, "revise_tokens", "checkpoint_activations")  # these chang
 
 
 def main(args: argparse.Namespace) -> None:
-    rollout.check_sampling_args(args)
     check_revision_args(args)
     if args.attempts < 0:
         raise UserError(f"--attempts {args.attempts} is out of range")

@@ -60,7 +60,7 @@ from tqdm import tqdm
 import eval as evaluation
 import revise
 import rollout
-from helpers import checkpoints, common, training
+from helpers import checkpoints, common, sampling, training
 from helpers.common import UserError
 
 # Dimension key: G group, M response tokens of a micro-batch
@@ -126,7 +126,7 @@ def add_teacher_prompts(policy: common.Policy, problems: list[dict], args: argpa
         if len(p["teacher_ids"]) >= context:
             raise UserError(f"--opsd-hint: with it problem {p['id']!r} is {len(p['teacher_ids'])} tokens long, and the "
                             f"context of --model holds {context}")
-        p["limit"] = int(min(p["limit"], context - len(p["teacher_ids"])))
+        p["response_limit"] = int(min(p["response_limit"], context - len(p["teacher_ids"])))
 
 
 def rescue(policy: common.Policy, groups: list[list[dict]], key: tuple, args,
@@ -140,7 +140,7 @@ def rescue(policy: common.Policy, groups: list[list[dict]], key: tuple, args,
         long_enough = [r for r in group if revise.cut(r["response_ids"], args.rho) > 0]
         if long_enough and not any(r["reward"] for r in group):
             failed[k] = long_enough[0]
-    args = argparse.Namespace(**vars(args) | {"seed": rollout.row_key(*key)})  # new numbers each step
+    args = argparse.Namespace(**vars(args) | {"seed": sampling.row_key(*key)})  # new numbers each step
     groups, rescued, keys = list(groups), 0, list(failed)
     for batch in training.micro_batches([failed[k] for k in keys], args.revise_tokens):
         chunk = [keys[i] for i in batch]
@@ -248,7 +248,7 @@ def evaluate(policy: common.Policy, problems: list[dict], step: int, out: Path, 
     folder.mkdir(parents=True, exist_ok=True)
     found = rollout.run_rollouts(policy, problems, args.eval_n, folder, args, f"eval {step}")
     summary = rollout.summarise(problems, args.eval_n, found)
-    correct = [sum(found[p["id"], s][0] for s in range(args.eval_n)) for p in problems]
+    correct = rollout.hits_per_problem(problems, args.eval_n, found)
     rates = {f"eval_pass@{k}": sum(evaluation.pass_at_k(args.eval_n, c, k) for c in correct) / len(correct)
              for k in sorted({1, args.eval_n})}  # denominator: problems
     return {"step": step, **rates, "eval_length_mean": summary["mean_tokens"], "eval_truncated": summary["truncated"],
@@ -268,7 +268,7 @@ def evaluated(out: Path, step: int) -> set[int]:
 
 # --- the stage -------------------------------------------------------------------------------------------------------
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     common.add_model_args(parser)
     parser.add_argument("--data", required=True,
                         help="[ours] problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
@@ -306,7 +306,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="[ours] warn after so many steps without signal; 0: never")
     training.add_training_args(parser)
     revise.add_revision_args(parser)
-    rollout.add_sampling_args(parser)
+    sampling.add_sampling_args(parser)
     rollout.add_problem_args(parser)
     args = parser.parse_args(argv)
     for flag, values in {"kl_coef": {"grpo": 0.001, "dapo": 0.0, "opsd": 0.0},
@@ -319,7 +319,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range or does not go with --algo."""
-    rollout.check_sampling_args(args)
     revise.check_revision_args(args)
     training.check_training_args(args)
     for flag, low in {"group_size": 1 if args.algo == "opsd" else 2, "updates": 1, "resample": 0,
@@ -356,8 +355,7 @@ FREE = (*training.FREE, *revise.FREE, "sample_every", "sample_groups", "warn_aft
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     problems = rollout.read_problems(args.data, args)
-    test = (rollout.read_problems(args.eval_data, argparse.Namespace(**vars(args) | {"limit": 0}))
-            if args.eval_data else [])
+    test = rollout.read_problems(args.eval_data, args, limit=0) if args.eval_data else []
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data),
                            eval_data_digest=common.file_digest(args.eval_data) if args.eval_data else None)

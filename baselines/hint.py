@@ -23,7 +23,7 @@ import json
 import random
 
 import rollout
-from helpers import common, controls
+from helpers import common, controls, sampling
 from helpers.common import UserError
 
 LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do", "eiusmod",
@@ -34,13 +34,12 @@ def other_prompt(p: dict, answer: str, args: argparse.Namespace) -> str | list[d
     """The problem as it is sampled from: with the hint after it, or meaningless words before it."""
     if args.start == "hint":
         return rollout.add_text(p["problem"], after=args.hint.replace("{answer}", answer))
-    words = random.Random(rollout.row_key(args.seed, p["id"], "perturbed")).choices(LOREM, k=args.words)
+    words = random.Random(sampling.row_key(args.seed, p["id"], "perturbed")).choices(LOREM, k=args.words)
     return rollout.add_text(p["problem"], before=" ".join(words).capitalize() + ".")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m baselines.hint", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__, prog="python -m baselines.hint")
     common.add_model_args(parser)
     parser.add_argument("--data", required=True, help="problems, JSONL: zero_hit.jsonl of rollout.py")
     parser.add_argument("--out", required=True, help="output folder")
@@ -52,14 +51,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=40, help="meaningless words of --from perturbed")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
                         help="control: the hint tells another problem's answer")
-    rollout.add_sampling_args(parser)
+    sampling.add_sampling_args(parser)
     rollout.add_problem_args(parser)
     return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag."""
-    rollout.check_sampling_args(args)
     for flag in ("n", "words"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)} is out of range")

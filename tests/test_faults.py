@@ -35,7 +35,7 @@ from test_inputs import READERS, SAMPLERS, STAGES, Desk, desk  # noqa: F401 (a f
 
 import revise
 from experiments import show
-from helpers import checkpoints, common, training
+from helpers import checkpoints, common, sampling, training
 
 # A verifier that hits and misses, and does to one process what a file named `trigger` beside it says: "rank call what".
 VERIFIER = """import os, pathlib, time
@@ -438,9 +438,8 @@ def test_logits_that_become_nan_in_mid_response(monkeypatch):
         return out
 
     monkeypatch.setattr(model, "forward", later)
-    from rollout import sample
     with pytest.raises(common.UserError, match="logits are not numbers"):
-        sample(common.Policy(model, None, 150, []), [torch.tensor([5, 6])], [[1, 2]], [8])
+        sampling.sample(common.Policy(model, None, 150, []), [torch.tensor([5, 6])], [[1, 2]], [8])
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
