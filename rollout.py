@@ -1,15 +1,15 @@
-"""Sample N responses to every problem, verify them, and find the zero-hit prompts (paper Sec. 3.1 and
-4.1, dapo-hard).
+"""Sample N responses to every problem, verify them, and find the zero-hit prompts (Sec. 3.1, 4.1).
 
     python rollout.py --model toy/sums_model --data problems.jsonl -n 32 --out out/rollouts
-    torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl \
+    torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl \\
         -n 32 --out out/rollouts
 
 Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names
-        through flags. An answer that is no text or number is for a --verifier of your own; then
-        `guide` may hold the text that revise.py steers toward. Other fields are kept.
+        through flags. Another answer than text or a number is for a --verifier of your own; `guide`
+        may then hold the text that revise.py steers toward. Other fields are kept.
 Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or
-        "length"), `reward`, `answer`, and `guide` where the problem has it;
+        "length"), `reward`, `answer`, `guide` where the problem has it, and `problem_fields`, the
+        whole problem, for a verifier that asks for it: verify(response, answer, problem);
         zero_hit.jsonl: the problems none of whose N responses passed, with all their fields;
         summary.json: the pass-rate histogram.
 
@@ -24,7 +24,7 @@ Memory  --decode-tokens: the KV cache never holds more, so long responses are de
         A pass over new prompts adds 8,192 tokens at most. --decode-rows: the most sequences decoded
         together, which bounds the logits, size x vocabulary.
 
-Differs from the paper: prompts with the instruction to use \boxed{} (DAPO's "Answer:" wrapper is
+Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is
 replaced); sampling settings are these flags alone, never those of a checkpoint's generation_config.
 """
 import argparse
@@ -128,7 +128,8 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
     if style == "chat" and not tokenizer.chat_template:
         raise UserError("--prompt-format chat: the tokenizer of --model has no chat template")
     if style == "plain" and not isinstance(problem, str):
-        raise UserError("--prompt-format plain: chat messages need a chat template")
+        raise UserError("--prompt-format plain: a problem made of chat messages needs a chat "
+                        "template")
     try:
         if style == "plain":
             text = PLAIN.format(problem=problem, instruction=args.instruction)
@@ -200,17 +201,21 @@ def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], veri
             yield sampling.Row(prompt, key, p["response_limit"], (p, number))
 
     for finished in sampling.decode(policy, queue(), **sampling.settings(args) | {"slots": slots}):
-        records = []
-        for row in finished:
-            p, number = row.tag
-            text = policy.tokenizer.decode(row.ids, skip_special_tokens=True)
-            records.append({
-                "id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"],
-                "response_ids": row.ids, "response": text, "finish": row.finish,
-                "reward": judge(verify, text, p), "answer": p["answer"]})
-            records[-1] |= {"guide": p["guide"]} if "guide" in p else {}
-            records[-1] |= {"problem_fields": as_read(p)} if takes_problem(verify) else {}
-        yield records
+        yield [rollout_record(policy.tokenizer, row, verify) for row in finished]
+
+
+def rollout_record(tokenizer, row: sampling.Row, verify) -> dict:
+    """One line of rollouts.jsonl, verified."""
+    p, number = row.tag
+    text = tokenizer.decode(row.ids, skip_special_tokens=True)
+    record = {"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"],
+              "response_ids": row.ids, "response": text, "finish": row.finish,
+              "reward": judge(verify, text, p), "answer": p["answer"]}
+    if "guide" in p:
+        record["guide"] = p["guide"]
+    if takes_problem(verify):
+        record["problem_fields"] = as_read(p)
+    return record
 
 
 class Outcome(NamedTuple):
@@ -240,7 +245,7 @@ def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path,
     if final.exists():
         common.remove_parts(out, "rollouts")
         found = read_outcomes(final)
-        if found.keys() != {(p["id"], s) for p in problems for s in range(n)}:  # it was edited
+        if found.keys() != {(p["id"], s) for p in problems for s in range(n)}:  # cut or edited
             raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, "
                             "and they are sampled again")
         return found
@@ -261,13 +266,13 @@ def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path,
             yield from ((p, s) for s in numbers)
 
     # The bar is rank 0's and counts the work of all; the pass rate is of what rank 0 has sampled
-    rewards = []
+    hits = sampled = 0
     with tqdm(total=len(done) + missing, initial=len(done), desc=label, unit="rollout",
               disable=common.rank() > 0) as bar:
         for records in sample_records(policy, claimed(), verify, args, (args.seed,), slots):
             common.append_jsonl(part, records)
-            rewards += [r["reward"] for r in records]
-            bar.set_postfix_str(f"pass {sum(rewards) / len(rewards):.3f}", refresh=False)
+            hits, sampled = hits + sum(r["reward"] for r in records), sampled + len(records)
+            bar.set_postfix_str(f"pass {hits / sampled:.3f}", refresh=False)
             bar.update(len(done) + written.add(len(records)) - bar.n)
         common.barrier()
         bar.update(len(done) + written.add(0) - bar.n)

@@ -12,7 +12,6 @@ per layer, so a row occupies the columns start .. end-1 and everything before it
 with explicit positions it does not matter where it starts. A prompt is prefilled once, for all of
 its responses that join together, and its keys are copied to the columns that end where the batch
 is. A finished row's slot is taken by the last row at once: no step is spent on a row that is done.
-Columns left of every start are out of sight, and dropped when the buffers grow.
 """
 import argparse
 import hashlib
@@ -95,8 +94,7 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_k: int,
     inside = weights[torch.arange(B, device=u.device), block[:, 0]]  # (B, BLOCK)
     cdf_inside = inside.double().cumsum(-1)
     rest = (target - cdf.gather(1, block) + sums.gather(1, block)).clamp(min=0)
-    # sums is rounded: not beyond the block's last weight
-    rest = torch.minimum(rest, cdf_inside[:, -1:] * (1 - 2**-40))
+    rest = torch.minimum(rest, cdf_inside[:, -1:] * (1 - 2**-40))  # sums is rounded
     token = torch.searchsorted(cdf_inside, rest, right=True).clamp_(max=BLOCK - 1)
     logprob = (inside.gather(1, token) / total).log().float()
     return (block * BLOCK + token)[:, 0], logprob[:, 0]
@@ -215,8 +213,8 @@ class Batch:
         self.resize(len(self.rows), self.end - self.low, refill)
 
     def resize(self, rows: int, columns: int, refill: bool) -> None:
-        """New buffers for at least so many rows and columns and one more, with room to grow; what
-        is out of sight is dropped. refill: whether more rows may come."""
+        """New buffers for at least so many rows and columns and one more, with room to grow; the
+        columns left of every start are dropped. refill: whether more rows may come."""
         room = columns + max(64, columns // 4)
         size = self.slots if refill else rows
         if self.max_tokens:
@@ -327,7 +325,7 @@ def extend(policy: common.Policy, rows: list[Row], logits: Tensor, keys: Tensor,
             raise UserError("--model: its logits are not numbers")
         row.ids.append(token)
         row.logprobs.append(logprob)
-        if token in policy.eos or len(row.ids) == row.limit:
+        if token in policy.eos or len(row.ids) >= row.limit:
             row.finish = "eos" if token in policy.eos else "length"
     return tokens
 
@@ -365,12 +363,12 @@ def decode(policy: common.Policy, rows: Iterable[Row], *, slots: int, max_tokens
 
 
 def sample(policy: common.Policy, prompts: list[Tensor], keys: list[list[int]], limits: list[int],
-           *, slots: int = 0, **settings) -> list[list[Row]]:
+           *, slots: int = 0, **more) -> list[list[Row]]:
     """Responses to P prompts, as rows that are done: one per key of keys[p] to prompts[p], of at
-    most limits[p] tokens. slots: as in `decode`, 0 for all; settings: the others of `decode`."""
+    most limits[p] tokens. slots: as in `decode`, 0 for all; more: the other settings there."""
     rows = [[Row(p, key, n) for key in ks] for p, ks, n in zip(prompts, keys, limits, strict=True)]
     every = [row for of_prompt in rows for row in of_prompt]
-    for _ in decode(policy, every, slots=slots or len(every), **settings):
+    for _ in decode(policy, every, slots=slots or len(every), **more):
         pass
     return rows
 
