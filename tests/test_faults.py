@@ -72,7 +72,7 @@ class World:
         self.flags["revise"] = [*shared, *sampling, "--rollouts", rollouts, "--continuations", 2, "--revision-steps", 2,
                                 "--revise-tokens", 120]
         self.flags["train_sft"] = [*shared, "--data", rollouts / "rollouts.jsonl", "--steps", 6, "--save-every", 2,
-                                   "--decode-rows", 3]
+                                   "--batch-size", 3]
 
     def start(self, name: str, out: Path, processes: int = 1, kill_at: int = 0, more=(), **env: str) -> list:
         """The processes of a stage, under way; their output goes to log.RANK.1 and .2, one run's at a time.
