@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import rollout
-from helpers import common
+from helpers import common, sampling
 from helpers.common import UserError
 
 BOOTSTRAP = 10_000  # resamples
@@ -76,7 +76,7 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 def score(problems: list[dict], found: dict, args: argparse.Namespace) -> dict:
     """pass@k with its interval for every k, lengths, and the share that was cut off."""
-    correct = [sum(found[p["id"], s][0] for s in range(args.n)) for p in problems]
+    correct = rollout.hits_per_problem(problems, args.n, found)
     values = {str(k): [pass_at_k(args.n, c, k) for c in correct] for k in args.k}
     summary = rollout.summarise(problems, args.n, found)
     return {"n": args.n, "problems": len(problems),
@@ -118,13 +118,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="[Table 1] samples per problem")
     parser.add_argument("--k", type=positive, nargs="+", default=[1, 32],
                         help="[Table 1] pass@k for these k")
-    rollout.add_sampling_args(parser, max_new_tokens=32000)
+    sampling.add_sampling_args(parser, max_new_tokens=32000)
     rollout.add_problem_args(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> list[dict]:
-    rollout.check_sampling_args(args)
     if max(args.k) > args.n:
         raise UserError(f"--k {max(args.k)} is more than the samples of a problem, -n {args.n}")
     models = dict(zip(distinct_names(args.model), args.model))

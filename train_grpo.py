@@ -47,7 +47,7 @@ from torch import Tensor
 
 import revise
 import rollout
-from helpers import common, training
+from helpers import common, sampling, training
 from helpers.common import Policy, UserError
 from helpers.sampling import row_key
 from helpers.training import COUNT, NOT_NEGATIVE, POSITIVE
@@ -294,7 +294,7 @@ def add_common_args(parser: argparse.ArgumentParser, group_size: int) -> None:
          help="to samples.jsonl: every so many steps (0: never) so many groups (0: all), rescued "
               "ones first")
     training.add_training_args(parser)
-    rollout.add_sampling_args(parser)
+    sampling.add_sampling_args(parser)
     rollout.add_problem_args(parser)
 
 
@@ -338,7 +338,6 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    rollout.check_sampling_args(args)
     revise.check_revision_args(args)
     check_flags(args)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import revise
 import rollout
-from helpers import common
+from helpers import common, sampling
 from helpers.common import UserError
 from helpers.sampling import row_key
 
@@ -74,13 +74,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="meaningless words of --from perturbed")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
                         help="control: the hint tells another problem's answer")
-    rollout.add_sampling_args(parser)
+    sampling.add_sampling_args(parser)
     rollout.add_problem_args(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    rollout.check_sampling_args(args)
     if "{answer}" not in args.hint:
         raise UserError(f"--hint {args.hint!r} has no {{answer}}")
     if args.start == "perturbed" and args.gold == "permuted":

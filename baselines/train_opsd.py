@@ -51,7 +51,7 @@ def add_teacher_prompts(policy: Policy, problems: list[dict], args: argparse.Nam
         if room <= 0:
             raise UserError(f"--hint: with it problem {p['id']!r} is {len(p['teacher_ids'])} "
                             f"tokens long, and the context of --model holds {policy.context}")
-        p["limit"] = int(min(p["limit"], room))
+        p["response_limit"] = int(min(p["response_limit"], room))
 
 
 def head_divergence(head, hidden: Tensor, teacher_head, teacher_hidden: Tensor, beta: float,
@@ -125,7 +125,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    rollout.check_sampling_args(args)
     training.check_plain_sampling(args)
     if "{answer}" not in args.hint:
         raise UserError(f"--hint {args.hint!r} has no {{answer}}")

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 import revise
-import rollout
 from eval import BOOTSTRAP, pass_at_k, wilson_interval
 from experiments import demo
 from experiments.demo import share
-from helpers import common
+from helpers import common, sampling
 from verifier import verify
 
 ADAM = "no Frank-Wolfe (Adam, lr 0.01)"
@@ -178,8 +177,8 @@ def trajectories(world, model, tokenizer, base: Records, name: str) -> list[dict
     for r in (r for r in base.variant(name) if r["recovered"]):
         q, projected = W[torch.tensor(r["prompt_ids"])], W[torch.tensor(r["prompt_ids"] + r["projected_ids"])]
         soft = None if name == ADAM else torch.cat([q, revise.soft_prefix(W, *revise.load_prefix(folder, r))])
-        keys, limit = [rollout.row_key("again", r["id"], m) for m in range(AGAIN)], 160 - len(r["prefix_ids"])
-        fresh, = rollout.sample(policy, [projected], [keys], [limit])
+        keys, limit = [sampling.row_key("again", r["id"], m) for m in range(AGAIN)], 160 - len(r["prefix_ids"])
+        fresh, = sampling.sample(policy, [projected], [keys], [limit])
         texts = [tokenizer.decode(r["projected_ids"] + s.ids, skip_special_tokens=True) for s in fresh]
         facts = {"prompt": (str(base.base), r["id"]), "again": sum(verify(text, r["answer"]) for text in texts),
                  "leaks": any(c["guide_reward"] for c in permuted[r["id"]]["continuations"])}

@@ -275,7 +275,7 @@ def common_tokens(model, prompt, key, one: list[int], other: list[int], vocab: i
 
 
 def assert_same_texts(model, prompts, keys, ones, others, **how) -> None:
-    """Samples of every prompt, as `rollout.sample` returns them, from two decodes; log-probabilities are compared up to
+    """Rows of every prompt, as `sampling.sample` returns them, from two decodes; log-probabilities are compared up to
     the first difference."""
     assert len(prompts) == len(keys) == len(ones) == len(others)
     for i, (prompt, ks, xs, ys) in enumerate(zip(prompts, keys, ones, others)):
@@ -301,7 +301,7 @@ def same_rollouts(one: Path, other: Path) -> bool:
             assert a == b
             continue
         assert a.keys() == b.keys() and all(a[k] == b[k] for k in ("prompt_ids", "answer"))
-        key = rollout.row_key(args.seed, a["id"], a["sample"])
+        key = sampling.row_key(args.seed, a["id"], a["sample"])
         common_tokens(model, a["prompt_ids"], key, a["response_ids"], b["response_ids"], vocab, args.temperature,
                       (a["id"], a["sample"]))
     return False

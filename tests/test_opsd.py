@@ -147,7 +147,7 @@ def test_opsd_response_leaves_room_for_the_teachers_longer_prompt():
     model.config.max_position_embeddings = 120
     problems, _ = with_teacher([{"id": "a", "problem": "1+1?", "answer": "2"}], "{answer}", model)
     p = problems[0]
-    assert p["limit"] == 120 - len(p["teacher_ids"]) < 120 - len(p["prompt_ids"])
+    assert p["response_limit"] == 120 - len(p["teacher_ids"]) < 120 - len(p["prompt_ids"])
     with pytest.raises(common.UserError, match="--hint: with it problem 'a' is .* tokens long"):
         with_teacher([{"id": "a", "problem": "1+1?", "answer": "2"}], "x" * 60 + "{answer}", model)
 

@@ -21,7 +21,7 @@ from conftest import (
 import eval as evaluation
 import revise
 import rollout
-from helpers import common
+from helpers import common, sampling
 
 M = 2  # continuations: few, so that some failed rollouts are tried in vain
 # A quarter of the last characters pass: some prompts are zero-hit, some continuations are right, whatever the prefix
@@ -106,9 +106,9 @@ def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(
         E = revise.soft_prefix(W, record["atoms"], record["weights"])
         assert record["projected_ids"] == [int((W[:TOKENS] @ e).argmax()) for e in E]  # Eq. (8), brute force
         assert record["kept"] == sum(map(int.__eq__, record["prefix_ids"], record["projected_ids"])) / n
-        keys = [rollout.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
+        keys = [sampling.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
         x = torch.cat([W[record["prompt_ids"]], E])
-        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [x], [keys], [14 - n])[0]
+        samples = sampling.sample(common.Policy(model, None, TOKENS, [1]), [x], [keys], [14 - n])[0]
         assert len(samples) == len(record["continuations"])
         for key, s, c in zip(keys, samples, record["continuations"]):
             common_tokens(model, x, key, s.ids, c["ids"], where=(record["id"], record["sample"]))
@@ -177,7 +177,7 @@ def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, token
     mine, theirs = ({(r["id"], r["sample"]): r for r in records} for records in (found, default[1]))
     for place in mine.keys() & theirs.keys():
         a, b = mine[place], theirs[place]
-        keys = [rollout.row_key(0, *place, "revised", m) for m in range(M)]
+        keys = [sampling.row_key(0, *place, "revised", m) for m in range(M)]
         x = torch.cat([W[b["prompt_ids"]], revise.soft_prefix(W, b["atoms"], b["weights"])])
         for key, c, d in zip(keys, a["continuations"], b["continuations"]):
             common_tokens(model, x, key, c["ids"], d["ids"], where=place)
@@ -226,9 +226,9 @@ def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
     for r in records:
         assert (r["atoms"] == [r["prefix_ids"]] and r["losses"] == [] and r["projected_ids"] == r["prefix_ids"]
                 and r["kept"] == 1)
-        keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
+        keys = [sampling.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
         context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
-        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [context], [keys], [14 - r["prefix_len"]])[0]
+        samples = sampling.sample(common.Policy(model, None, TOKENS, [1]), [context], [keys], [14 - r["prefix_len"]])[0]
         assert len(samples) == len(r["continuations"])
         for key, s, c in zip(keys, samples, r["continuations"]):
             common_tokens(model, context, key, s.ids, c["ids"], where=(r["id"], r["sample"]))

@@ -43,8 +43,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import rollout
-from helpers import common
+from helpers import common, sampling
 from verifier import verify
 
 # Dimension key: B texts, T tokens (prompt and response), V rows of the embedding
@@ -348,8 +347,8 @@ def respond(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, message
     rows = []
     for i in range(0, len(messages), 512):
         prompts = [torch.tensor(tokenizer(render(tokenizer, m))["input_ids"]) for m in messages[i : i + 512]]
-        keys = [[rollout.row_key(seed, "toy", i + j)] for j in range(len(prompts))]
-        found = rollout.sample(policy, prompts, keys, [160] * len(prompts))
+        keys = [[sampling.row_key(seed, "toy", i + j)] for j in range(len(prompts))]
+        found = sampling.sample(policy, prompts, keys, [160] * len(prompts))
         rows += [sample.ids for (sample,) in found]
     return rows
 
