@@ -320,7 +320,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError naming the flag that is out of range or does not go with --algo."""
     rollout.check_sampling_args(args)
-    revise.check_revision_args(args)
     training.check_training_args(args)
     for flag, low in {"group_size": 1 if args.algo == "opsd" else 2, "updates": 1, "resample": 0,
                       "overlong_buffer": 0, "kl_coef": 0, "clip_low": 0, "clip_high": 0, "opsd_beta": 0, "opsd_clip": 0,

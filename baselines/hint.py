@@ -22,8 +22,9 @@ import argparse
 import json
 import random
 
+import revise
 import rollout
-from helpers import common, controls
+from helpers import common, sampling
 from helpers.common import UserError
 
 LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do", "eiusmod",
@@ -34,7 +35,7 @@ def other_prompt(p: dict, answer: str, args: argparse.Namespace) -> str | list[d
     """The problem as it is sampled from: with the hint after it, or meaningless words before it."""
     if args.start == "hint":
         return rollout.add_text(p["problem"], after=args.hint.replace("{answer}", answer))
-    words = random.Random(rollout.row_key(args.seed, p["id"], "perturbed")).choices(LOREM, k=args.words)
+    words = random.Random(sampling.row_key(args.seed, p["id"], "perturbed")).choices(LOREM, k=args.words)
     return rollout.add_text(p["problem"], before=" ".join(words).capitalize() + ".")
 
 
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     problems = rollout.read_problems(args.data, args)
     told = {p["id"]: p["answer"] for p in problems}
     if args.gold == "permuted":
-        told = controls.permuted_answers(told, args.seed)
+        told = revise.permuted_answers(told, args.seed)
     device = common.pick_device(args)
     out = common.start_run(args.out, args, rollout.FREE, data_digest=common.file_digest(args.data))
     policy = common.load_model(args, device)

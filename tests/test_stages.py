@@ -21,18 +21,11 @@ from conftest import (
 import eval as evaluation
 import revise
 import rollout
-from helpers import common
+from helpers import common, sampling
 
 M = 2  # continuations: few, so that some failed rollouts are tried in vain
 # A quarter of the last characters pass: some prompts are zero-hit, some continuations are right, whatever the prefix
 QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
-
-
-def revised(out):
-    """The records of revised.jsonl, with the atoms and weights of their prefixes."""
-    records = read(out / "revised.jsonl")
-    stored = [revise.load_prefix(out, r) for r in records]
-    return [r | {"atoms": atoms.tolist(), "weights": weights} for r, (atoms, weights) in zip(records, stored)]
 
 
 def save(model, path):
@@ -69,7 +62,7 @@ def default(world):
     """The plain method: output folder, revised.jsonl, recovered.jsonl."""
     out = world.path / "default"
     world.revise(out)
-    return out, revised(out), read(out / "recovered.jsonl")
+    return out, read(out / "revised.jsonl"), read(out / "recovered.jsonl")
 
 
 def literal_verify(text):
@@ -101,14 +94,14 @@ def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(
         n = math.floor(0.8 * len(ids))
         assert record["prefix_len"] == n and record["prefix_ids"] == ids[:n]
         assert len(record["losses"]) == len(record["gaps"]) == len(record["gammas"]) == record["passes"] == 10
-        assert record["atoms"][0] == record["prefix_ids"] and len(record["atoms"]) == len(record["weights"]) == 11
+        assert len(record["vertices"]) == 10 and all(len(v) == n for v in record["vertices"])
         assert record["gammas"] == [0.1 * 2 / (i + 1) for i in range(1, 11)] and min(record["gaps"]) >= 0
-        E = revise.soft_prefix(W, record["atoms"], record["weights"])
+        E = revise.replay(W, record)
         assert record["projected_ids"] == [int((W[:TOKENS] @ e).argmax()) for e in E]  # Eq. (8), brute force
         assert record["kept"] == sum(map(int.__eq__, record["prefix_ids"], record["projected_ids"])) / n
-        keys = [rollout.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
+        keys = [sampling.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
         x = torch.cat([W[record["prompt_ids"]], E])
-        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [x], [keys], [14 - n])[0]
+        samples = sampling.sample(common.Policy(model, None, TOKENS, [1]), [x], [keys], [14 - n])[0]
         assert len(samples) == len(record["continuations"])
         for key, s, c in zip(keys, samples, record["continuations"]):
             common_tokens(model, x, key, s.ids, c["ids"], where=(record["id"], record["sample"]))
@@ -126,7 +119,7 @@ def test_sec35_a_trajectory_counts_only_if_it_is_right_after_its_projection_too(
     whole = write_verifier(
         tmp_path / "v.py", "def verify(response, gold):\n    return sum(map(ord, response)) % 2 == 0\n")
     world.revise(tmp_path / "o", "--verifier", whole, "--gamma0", 0.5, "--continuations", 8, "--attempts", 1)
-    found = [c for r in revised(tmp_path / "o") for c in r["continuations"]]
+    found = [c for r in read(tmp_path / "o" / "revised.jsonl") for c in r["continuations"]]
     assert all(c["reward"] == int(c["soft_reward"] and sum(map(ord, c["response"])) % 2 == 0) for c in found)
     assert {(c["soft_reward"], c["reward"]) for c in found} == {(0, 0), (1, 0), (1, 1)}
     assert len(read(tmp_path / "o" / "recovered.jsonl")) == sum(c["reward"] for c in found)
@@ -172,13 +165,13 @@ def assert_close(a, b, path="", floats=("losses", "gaps")):
 @pytest.mark.parametrize("tokens", [1, 480])
 def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens):
     world.revise(tmp_path / "o", "--revise-tokens", tokens)
-    model, found = tiny_model("qwen2"), revised(tmp_path / "o")
+    model, found = tiny_model("qwen2"), read(tmp_path / "o" / "revised.jsonl")
     W, other = model.get_input_embeddings().weight.detach(), set()  # prompts of which a draw fell on the other side
     mine, theirs = ({(r["id"], r["sample"]): r for r in records} for records in (found, default[1]))
     for place in mine.keys() & theirs.keys():
         a, b = mine[place], theirs[place]
-        keys = [rollout.row_key(0, *place, "revised", m) for m in range(M)]
-        x = torch.cat([W[b["prompt_ids"]], revise.soft_prefix(W, b["atoms"], b["weights"])])
+        keys = [sampling.row_key(0, *place, "revised", m) for m in range(M)]
+        x = torch.cat([W[b["prompt_ids"]], revise.replay(W, b)])
         for key, c, d in zip(keys, a["continuations"], b["continuations"]):
             common_tokens(model, x, key, c["ids"], d["ids"], where=place)
         if any(c["ids"] != d["ids"] for c, d in zip(a["continuations"], b["continuations"])):
@@ -210,7 +203,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, world, default, kill
 
 
 def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, default):
-    lines = [common.to_line({k: v for k, v in r.items() if k != "prefix_file"}).encode() for r in default[1]]
+    lines = [common.to_line(r).encode() for r in default[1]]
     out = tmp_path / "o"
     out.mkdir()
     (out / "run.json").write_bytes((default[0] / "run.json").read_bytes())
@@ -220,43 +213,34 @@ def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, defa
 
 
 # --- controls ---------------------------------------------------------------------------------------------------------
-def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
-    world.revise(tmp_path / "o", "--from", "hard-prefix", "--attempts", 1)
-    model, records = tiny_model("qwen2"), revised(tmp_path / "o")
+def test_control_no_steps_continues_the_unrevised_tokens(tmp_path, world):
+    world.revise(tmp_path / "o", "--revision-steps", 0, "--attempts", 1)
+    model, records = tiny_model("qwen2"), read(tmp_path / "o" / "revised.jsonl")
+    assert [r["id"] for r in records] == list(dict.fromkeys(r["id"] for r in world.failed))
     for r in records:
-        assert (r["atoms"] == [r["prefix_ids"]] and r["losses"] == [] and r["projected_ids"] == r["prefix_ids"]
-                and r["kept"] == 1)
-        keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
+        assert r["losses"] == r["gaps"] == r["gammas"] == r["vertices"] == [] and r["passes"] == 0
+        assert r["projected_ids"] == r["prefix_ids"] and r["kept"] == 1 and list(r["curve"]) == ["0"]
+        keys = [sampling.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
         context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
-        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [context], [keys], [14 - r["prefix_len"]])[0]
+        samples = sampling.sample(common.Policy(model, None, TOKENS, [1]), [context], [keys], [14 - r["prefix_len"]])[0]
         assert len(samples) == len(r["continuations"])
         for key, s, c in zip(keys, samples, r["continuations"]):
             common_tokens(model, context, key, s.ids, c["ids"], where=(r["id"], r["sample"]))
 
 
-def test_control_scratch_samples_anew_from_the_prompt(tmp_path, world):
-    world.revise(tmp_path / "o", "--from", "scratch", "--attempts", 1)
-    records = revised(tmp_path / "o")
-    assert len(records) == len({r["id"] for r in world.failed})
-    first = {(r["id"], r["sample"]): r["response_ids"] for r in world.rows}
-    for r in records:
-        assert r["prefix_len"] == 0 and r["prefix_ids"] == r["projected_ids"] == [] and r["atoms"] == [[]]
-        assert all(c["ids"] != first[r["id"], r["sample"]] for c in r["continuations"])  # other random numbers
-
-
 def test_control_random_vertices_take_the_same_steps_in_other_directions(tmp_path, world, default):
     world.revise(tmp_path / "o", "--vertices", "random", "--attempts", 1)
     theirs = {(r["id"], r["sample"]): r for r in default[1]}
-    for r in revised(tmp_path / "o"):
+    for r in read(tmp_path / "o" / "revised.jsonl"):
         other = theirs[r["id"], r["sample"]]
         assert r["gammas"] == other["gammas"] and r["losses"] == r["gaps"] == [] and r["passes"] == 0
-        assert all(a != b for a, b in zip(r["atoms"][1:], other["atoms"][1:]))
-        assert len({tuple(a) for a in r["atoms"][1:]}) == 10 and max(map(max, r["atoms"])) < TOKENS
+        assert all(a != b for a, b in zip(r["vertices"], other["vertices"], strict=True))
+        assert len({tuple(v) for v in r["vertices"]}) == 10 and max(map(max, r["vertices"])) < TOKENS
 
 
 def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(tmp_path, world, default):
     world.revise(tmp_path / "o", "--gold", "permuted", "--attempts", 1)
-    records, theirs = revised(tmp_path / "o"), {(r["id"], r["sample"]): r for r in default[1]}
+    records, theirs = read(tmp_path / "o" / "revised.jsonl"), {(r["id"], r["sample"]): r for r in default[1]}
     golds = {r["id"]: r["answer"] for r in world.rows}
     for r in records:
         other = theirs[r["id"], r["sample"]]
@@ -269,7 +253,7 @@ def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(tmp_path, wor
 
 def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
     world.revise(tmp_path / "o", "--record-every", 2)
-    records = revised(tmp_path / "o")
+    records = read(tmp_path / "o" / "revised.jsonl")
     assert [{**r, "curve": r["curve"]["10"]} for r in records] == [{**r, "curve": r["curve"]["10"]} for r in default[1]]
     for r in records:
         assert list(r["curve"]) == ["0", "2", "4", "6", "8", "10"]
@@ -280,10 +264,10 @@ def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
 def test_mean_reduction_weighs_the_terms_by_their_lengths(tmp_path, world, default):
     world.revise(tmp_path / "o", "--reduction", "mean", "--attempts", 1)
     theirs = {(r["id"], r["sample"]): r for r in default[1]}
-    records = revised(tmp_path / "o")
+    records = read(tmp_path / "o" / "revised.jsonl")
     for r in records:  # what is reported stays the sum
         assert r["losses"][0] == pytest.approx(theirs[r["id"], r["sample"]]["losses"][0], rel=1e-4)
-    assert any(r["atoms"] != theirs[r["id"], r["sample"]]["atoms"] for r in records)
+    assert any(r["vertices"] != theirs[r["id"], r["sample"]]["vertices"] for r in records)
 
 
 def test_min_logprob_keeps_what_is_likely_after_the_projected_prefix(tmp_path, world, default):
@@ -297,23 +281,23 @@ def test_min_logprob_keeps_what_is_likely_after_the_projected_prefix(tmp_path, w
     right = [likely(r, c) for r in default[1] for c in r["continuations"] if c["reward"]]
     least = sorted(right)[len(right) // 2]
     world.revise(tmp_path / "o", "--min-logprob", least - 1e-4)
-    found = [(c, likely(r, c)) for r in revised(tmp_path / "o") for c in r["continuations"] if "logprob" in c]
+    found = [(c, likely(r, c)) for r in read(tmp_path / "o" / "revised.jsonl") for c in r["continuations"] if "logprob" in c]
     assert all(c["logprob"] == pytest.approx(value, abs=1e-4) for c, value in found)
     assert (all(c["reward"] == (c["logprob"] >= least - 1e-4) for c, _ in found)
             and len({c["reward"] for c, _ in found}) == 2)
     kept = read(tmp_path / "o" / "recovered.jsonl")
     assert len(kept) == sum(c["reward"] for c, _ in found)
     # what is dropped is not recovered: further rollouts of the prompt are tried
-    assert len(revised(tmp_path / "o")) > len(default[1])
+    assert len(read(tmp_path / "o" / "revised.jsonl")) > len(default[1])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 def test_eq8_other_projections_equal_brute_force(tmp_path, world, metric):
     world.revise(tmp_path / "o", "--projection", metric, "--attempts", 1, "--gamma0", 0.5)
     W = tiny_model("qwen2").get_input_embeddings().weight.detach()[:TOKENS]
-    records = revised(tmp_path / "o")
+    records = read(tmp_path / "o" / "revised.jsonl")
     for r in records:
-        E = revise.soft_prefix(W, r["atoms"], r["weights"])
+        E = revise.replay(W, r)
         cosine = torch.nn.functional.cosine_similarity(E[:, None], W[None], dim=-1)
         score = cosine if metric == "cosine" else -torch.cdist(E, W)
         assert r["projected_ids"] == score.argmax(-1).tolist()
@@ -324,8 +308,8 @@ def test_vertex_rows_text_leaves_out_special_tokens(tmp_path, world):
     world.revise(tmp_path / "o", "--vertex-rows", "text", "--attempts", 1)
     special = set(tiny_tokenizer().all_special_ids)
     assert special == {0, 1}
-    for r in revised(tmp_path / "o"):
-        assert not special & {v for atom in r["atoms"][1:] for v in atom} and not special & set(r["projected_ids"])
+    for r in read(tmp_path / "o" / "revised.jsonl"):
+        assert not special & {v for step in r["vertices"] for v in step} and not special & set(r["projected_ids"])
 
 
 def test_prompts_without_a_failure_leave_empty_files(tmp_path, model_dir):
@@ -358,8 +342,8 @@ def test_an_untied_qwen3_goes_through_every_stage(tmp_path, untied):
     """Vertices are rows of the input embedding, not of the head."""
     untied.revise(tmp_path / "o")
     W = tiny_model("qwen3", tied=False, seed=4).get_input_embeddings().weight.detach()[:TOKENS]
-    for r in revised(tmp_path / "o"):
-        E = revise.soft_prefix(W, r["atoms"], r["weights"])
+    for r in read(tmp_path / "o" / "revised.jsonl"):
+        E = revise.replay(W, r)
         assert r["projected_ids"] == (E @ W.T).argmax(-1).tolist()
     recovered = tmp_path / "o" / "recovered.jsonl"
     assert recovered.read_text()
