@@ -268,7 +268,7 @@ def evaluated(out: Path, step: int) -> set[int]:
 
 # --- the stage -------------------------------------------------------------------------------------------------------
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     common.add_model_args(parser)
     parser.add_argument("--data", required=True,
                         help="[ours] problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")

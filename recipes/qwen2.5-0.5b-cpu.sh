@@ -18,8 +18,8 @@ $RUN rollout.py $MODELFLAGS --data $DATA --limit $LIMIT -n 8 --out $OUT/rollouts
 $RUN revise.py $REVISE --out $OUT/arms/latentrevise
 $RUN revise.py $REVISE --alpha-guide 0 --gamma0 0.3 --out $OUT/arms/explore-only
 $RUN revise.py $REVISE --vertices random --out $OUT/arms/noise
-$RUN revise.py $REVISE --from hard-prefix --out $OUT/arms/hard-prefix
-$RUN revise.py $REVISE --from scratch --out $OUT/arms/fresh
+$RUN revise.py $REVISE --revision-steps 0 --out $OUT/arms/hard-prefix
+$RUN rollout.py $MODELFLAGS --data $OUT/rollouts/zero_hit.jsonl -n 8 --seed 2 --out $OUT/arms/fresh
 $RUN -m baselines.hint $MODELFLAGS --data $OUT/rollouts/zero_hit.jsonl --seed 1 --out $OUT/arms/hint
 $RUN -m baselines.hint $MODELFLAGS --data $OUT/rollouts/zero_hit.jsonl --seed 1 --from perturbed --out $OUT/arms/perturbed
 python -m experiments.real_model $OUT/arms --model $MODEL --device cpu --dtype $DTYPE
