@@ -237,7 +237,7 @@ RANGES = [(name, flag, value) for names, flags in [
 @pytest.mark.parametrize("name,flag,value", RANGES)
 def test_flags_out_of_range(desk, name, flag, value):
     # the word after the dashes, so that the message may call it by its long or its short name
-    desk.fails(name, rf"-{flag.lstrip('-')} \[?{re.escape(value)}", {flag: value})
+    desk.fails(name, rf"-{flag.lstrip('-')}:? \[?{re.escape(value)}", {flag: value})
 
 
 @pytest.mark.parametrize("name", STAGES)
