@@ -109,18 +109,19 @@ def pack(batch: list[Failure], weights: tuple[float, float, float], mean: bool,
     prefix, scored, token_weights = [], [], []
     for b, f in enumerate(batch):
         branch = f.template + f.gold
-        cut, end = len(f.q) + len(f.r), len(f.q) + len(f.r) + len(f.c)
+        start, middle = len(f.q), len(f.q) + len(f.r)  # r is in between
+        end = middle + len(f.c)
         ids[b, :end] = torch.tensor(f.q + f.r + f.c)
         ids[b, T:T + len(branch)] = torch.tensor(branch)
-        positions[b] = torch.cat([torch.arange(T), cut + torch.arange(A)])
-        mask[b, :, :, :cut] = True
-        prefix += [(b, slot) for slot in range(len(f.q), cut)]
-        spans = {EXPLORE: range(cut, end), NLL: range(len(f.q), cut),
+        positions[b] = torch.cat([torch.arange(T), middle + torch.arange(A)])
+        mask[b, :, :, :middle] = True
+        prefix += [(b, slot) for slot in range(start, middle)]
+        spans = {EXPLORE: range(middle, end), NLL: range(start, middle),
                  GUIDE: range(T + len(f.template), T + len(branch))}
         for term, span in spans.items():
             # The next-token shift, written once: a token is predicted from the slot before it, the
             # first one of the branch from the last of the prefix
-            scored += [(b, slot - 1 if slot != T else cut - 1, slot, term) for slot in span]
+            scored += [(b, slot - 1 if slot != T else middle - 1, slot, term) for slot in span]
             # denominator with --reduction mean: the term's tokens
             token_weights += [weights[term] / (len(span) if mean else 1)] * len(span)
     rows, source, slots, terms = torch.tensor(scored, device=device).T
@@ -478,12 +479,12 @@ class Attempt(NamedTuple):
 def read_failures(file: Path, rho: float) -> tuple[dict[str, list[common.Place]], int]:
     """Where the failed rollouts of every zero-hit prompt are, by id and in sample order, each kept
     as an Attempt; and how many were too short to cut. Raises UserError naming the line."""
-    def keep(r: dict) -> Attempt:
-        if (type(r["sample"]) is not int or not isinstance(r["answer"], str)
-                or r["reward"] not in (0, 1)):
+    def keep(record: dict) -> Attempt:
+        sample, reward, answer = (record[k] for k in ("sample", "reward", "answer"))
+        if type(sample) is not int or not isinstance(answer, str) or reward not in (0, 1):
             raise ValueError("sample is not a number, answer not text, or reward not 0 or 1")
-        return Attempt(r["sample"], r["reward"], r["answer"], cut(r["response_ids"], rho),
-                       len(r["prompt_ids"]) + len(r["response_ids"]))
+        return Attempt(sample, reward, answer, cut(record["response_ids"], rho),
+                       len(record["prompt_ids"]) + len(record["response_ids"]))
 
     found = common.scan([file], keep)
     if not found:
@@ -543,25 +544,19 @@ def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], guide: dic
 def add_revision_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the method, shared with train_grpo.py --revise."""
     count, positive = checked(int, lambda n: n >= 0), checked(int, lambda n: n > 0)
-    finite = checked(float, math.isfinite)
+    finite, share = checked(float, math.isfinite), checked(float, lambda x: 0 < x < 1)
     add = parser.add_argument_group("the revision").add_argument
-    add("--rho", type=checked(float, lambda x: 0 < x < 1), default=0.8,
-        help="[Table 7] share of the failed rollout that is revised")
+    add("--rho", type=share, default=0.8, help="[Table 7] share of the failed rollout to revise")
     add("--revision-steps", type=count, default=10,
         help="[Table 7] K, Frank-Wolfe steps; 0 is a control, the prefix as it is")
     add("--gamma0", type=checked(float, lambda x: 0 < x <= 1), default=0.1,
         help="[Table 7] scale of the step sizes gamma0 * 2/(i+1)")
-    add("--alpha-guide", type=finite, default=1.0,
-        help="[Table 7] alpha, weight of L_guide; 0: Table 3")
-    add("--beta-nll", type=finite, default=0.1, help="[Table 7] beta, weight of L_NLL; 0: Table 3")
-    add("--explore-weight", type=finite, default=1.0,
-        help="[Eq. 5] weight of L_explore; 0: Table 3")
-    add("--eps-stop", type=finite, default=1e-3,
-        help="[Table 7] a rollout stops when its L_guide is below")
-    add("--template", default=TEMPLATE,
-        help="[Sec. 3.3] c_tmpl, the sentence that the gold answer ends")
-    add("--continuations", type=positive, default=8,
-        help="[Fig. 3] continuations per revised prefix")
+    add("--alpha-guide", type=finite, default=1.0, help="[Table 7] alpha, weight of L_guide")
+    add("--beta-nll", type=finite, default=0.1, help="[Table 7] beta, weight of L_NLL")
+    add("--explore-weight", type=finite, default=1.0, help="[Eq. 5] weight of L_explore")
+    add("--eps-stop", type=finite, default=1e-3, help="[Table 7] stop when L_guide is below")
+    add("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the words before the gold answer")
+    add("--continuations", type=positive, default=8, help="[Fig. 3] per revised prefix")
     add("--projection", default="inner", choices=["inner", "cosine", "l2"],
         help="[Eq. 8] inner product")
     add("--reduction", default="sum", choices=["sum", "mean"],
@@ -571,8 +566,7 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--min-logprob", type=finite,
         help="least mean log-probability (nats a token) of a right continuation after the "
              "projected prefix; not given: any, as in the paper")
-    add("--record-every", type=count, default=0,
-        help="[Fig. 3] also decode after every so many steps")
+    add("--record-every", type=count, default=0, help="[Fig. 3] decode after every so many steps")
     add("--revise-tokens", type=positive, default=16384,
         help="padded tokens of rollouts revised together: the memory flag of the revision")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -587,12 +581,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rollouts", required=True, help="output folder of rollout.py, or its rollouts.jsonl")
     add("--out", required=True, help="output folder")
-    add("--checkpoint-activations", action="store_true",
-        help="recompute activations in the backward: less memory, a third slower")
     add("--attempts", type=checked(int, lambda n: n >= 0), default=0,
         help="failed rollouts tried per prompt until one is recovered; 0 for all")
     add("--gold", default="true", choices=["true", "permuted"],
         help="permuted is a control: steer toward another prompt's answer")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in the backward: less memory, a third slower")
     add_revision_args(parser)
     rollout.add_sampling_args(parser)
     return parser.parse_args(argv)
