@@ -372,9 +372,10 @@ def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.
                            max_tokens=args.decode_tokens)
 
 
-def right(policy: Policy, ids: list[int], answer: str, verify) -> int:
-    """1 if the verifier accepts the text of ids as `answer`, else 0."""
-    return int(bool(verify(policy.tokenizer.decode(ids, skip_special_tokens=True), answer)))
+def right(policy: Policy, ids: list[int], failed: dict, verify) -> int:
+    """1 if the verifier accepts the text of ids where it did not that of `failed`, else 0."""
+    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+    return int(bool(verify(text, failed["answer"])))
 
 
 def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn: list[sampling.Row],
@@ -391,11 +392,11 @@ def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn:
         hard = projected + row.ids
         c = {"ids": row.ids, "finish": row.finish,
              "response": policy.tokenizer.decode(hard, skip_special_tokens=True),
-             "soft_reward": right(policy, f.r + row.ids, failed["answer"], verify)}
-        c["reward"] = int(c["soft_reward"] and not ends
-                          and right(policy, hard, failed["answer"], verify))
+             "soft_reward": right(policy, f.r + row.ids, failed, verify)}
+        c["reward"] = int(c["soft_reward"] and not ends and right(policy, hard, failed, verify))
         if "guide_answer" in failed:
-            c["guide_reward"] = right(policy, hard, failed["guide_answer"], verify)
+            guided = failed | {"answer": failed["guide_answer"]}
+            c["guide_reward"] = right(policy, hard, guided, verify)
         if c["reward"] and min_logprob is not None:
             rows = [{"prompt_ids": f.q + projected, "response_ids": row.ids}]
             with torch.no_grad():
@@ -439,7 +440,7 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
         projected = ids.tolist() if steps["gaps"] or steps["gammas"] else f.r
         continuations = judge(policy, failed, f, projected, drawn[last][b], verify,
                               args.min_logprob)
-        curve = {i: [right(policy, f.r + row.ids, failed["answer"], verify) for row in rows[b]]
+        curve = {i: [right(policy, f.r + row.ids, failed, verify) for row in rows[b]]
                  for i, rows in drawn.items() if i != last}
         curve[last] = [c["soft_reward"] for c in continuations]
         records.append({
