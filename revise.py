@@ -546,7 +546,8 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the method, shared with train_grpo.py --revise."""
     count, positive = checked(int, lambda n: n >= 0), checked(int, lambda n: n > 0)
     finite, share = checked(float, math.isfinite), checked(float, lambda x: 0 < x < 1)
-    add = parser.add_argument_group("the revision").add_argument
+    group = parser.add_argument_group("the revision")
+    add = group.add_argument
     add("--rho", type=share, default=0.8, help="[Table 7] share of the failed rollout to revise")
     add("--revision-steps", type=count, default=10,
         help="[Table 7] K, Frank-Wolfe steps; 0 is a control, the prefix as it is")
@@ -570,7 +571,7 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--record-every", type=count, default=0, help="[Fig. 3] decode after every so many steps")
     add("--revise-tokens", type=positive, default=16384,
         help="padded tokens of rollouts revised together: the memory flag of the revision")
-    add = parser.add_mutually_exclusive_group().add_argument
+    add = group.add_mutually_exclusive_group().add_argument
     add("--vertices", default="oracle", choices=["oracle", "random"], help="random is a control")
     add("--adam", type=checked(float, lambda x: 0 < x < math.inf), metavar="LR",
         help="[Table 3] Adam with this step size in place of Frank-Wolfe, unconstrained")
