@@ -338,7 +338,6 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    revise.check_revision_args(args)
     check_flags(args)
 
     # === setup ===

@@ -28,8 +28,8 @@ def test_the_table_counts_what_the_stages_wrote(tmp_path, model_dir, capsys):
     flags = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 12, "--verifier",
              write_verifier(tmp_path / "v.py", QUARTER)]
     stage("rollout.py", *flags, "--data", write_problems(tmp_path / "d.jsonl", 8), "-n", 2, "--out", tmp_path / "r")
-    stage("rollout.py", *flags, "--data", tmp_path / "r/zero_hit.jsonl", "-n", 3, "--seed", 1,
-          "--out", tmp_path / "arms/fresh")
+    stage("rollout.py", *flags, "--data", tmp_path / "r" / "zero_hit.jsonl", "-n", 3, "--seed", 1,
+          "--out", tmp_path / "arms" / "fresh")
     for arm, more in {"latentrevise": [], "noise": ["--vertices", "random"]}.items():
         stage("revise.py", *flags, "--rollouts", tmp_path / "r", "--attempts", 1, "--continuations", 3,
               "--revision-steps", 2, "--out", tmp_path / "arms" / arm, *more)
