@@ -46,6 +46,8 @@ def verify(response, gold):
         rank, call, what = trigger.read_text().split()
         if (os.environ.get("RANK", "0"), str(calls)) == (rank, call):
             trigger.unlink()
+            if what == "raise":
+                raise TimeoutError("no reply")
             os.kill(os.getpid(), int(what))
     time.sleep(0.3 * (os.environ.get("SLOW") == os.environ.get("RANK", "0")))
     return sum(map(ord, response[-1:])) % 4 == 1
@@ -294,6 +296,16 @@ def test_ctrl_c_and_sigterm_in_mid_step_leave_a_run_to_continue(tmp_path, world,
     assert not (world.path / "trigger").exists() and codes == [code]
     if number == signal.SIGINT:
         assert last_line(errors[0]) == f"{name}.py: interrupted; the same command continues"
+    world.finishes_like_an_undisturbed_run(name, tmp_path / "o")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_verifier_that_raises_ends_the_run_in_one_line_and_nothing_is_lost(tmp_path, world, name):
+    world.undisturbed(name)
+    (world.path / "trigger").write_text("0 7 raise")
+    codes, errors = world.run(name, tmp_path / "o")
+    assert codes == [2] and re.fullmatch(rf"{name}\.py: error: --verifier .*v\.py:verify: (problem|answer) .*: "
+                                         r"TimeoutError: no reply \(.*v\.py:\d+\)", last_line(errors[0])), errors
     world.finishes_like_an_undisturbed_run(name, tmp_path / "o")
 
 
