@@ -475,7 +475,8 @@ def eos_ids(model, tokenizer) -> list[int]:
     ids = model.generation_config.eos_token_id
     found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
     if not found:
-        raise UserError("--model has no end-of-sequence id in its generation_config or tokenizer")
+        raise UserError(f"--model {model.name_or_path}: no end-of-sequence id in its "
+                        "generation_config or tokenizer")
     return sorted(found)
 
 

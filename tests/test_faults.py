@@ -436,21 +436,6 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_model_that_never_ends_a_response(desk, name):  # noqa: F811
-    path, tokenizer, model = desk.path / "model", tiny_tokenizer(), tiny_model("qwen2")
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    for file in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
-        if (path / file).exists():
-            settings = json.loads((path / file).read_text())
-            (path / file).write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token_id"} | (
-                {"eos_token": None} if file.startswith("tok") else {})))
-    code, err = desk.run(name, {"--model": path})
-    assert code == 2 and "no end-of-sequence id" in last_line(err), err
-
-
 @pytest.mark.parametrize("name", ["revise", "train_grpo"])
 def test_golds_without_tokens_are_found_before_any_work(desk, name, monkeypatch):  # noqa: F811
     monkeypatch.setattr(revise, "revise_batch", None)  # never reached
@@ -529,15 +514,13 @@ def test_hostile_ids_problems_and_golds_go_through_as_text(tmp_path, world):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_ids_in_an_error_stay_one_printable_line(desk, text):  # noqa: F811
+def test_hostile_ids_and_names_in_an_error_stay_one_printable_line(desk, text):  # noqa: F811
     desk.data.write_text(common.to_line({"id": text, "problem": "x", "answer": "1"}) * 2)
     assert desk.fails("rollout", "was used by record 1")[:-1].isprintable()
     desk.data.write_text(common.to_line({"id": text, "problem": "x" * 600, "answer": "1"}))
     assert desk.fails("rollout", "tokens long")[:-1].isprintable()
-
-
-def test_hostile_file_names_in_an_error_stay_one_printable_line(desk):  # noqa: F811
-    assert desk.fails("rollout", "cannot be read", {"--data": desk.path / "\x1b[2J\nx"})[:-1].isprintable()
+    if not {"\x00", "\ud800"} & {*text}:
+        assert desk.fails("rollout", "cannot be read", {"--data": f"{desk.path}/no{text}"})[:-1].isprintable()
 
 
 WRONG = [None, True, -1, 1.5, "x", "", [], {}, ["x"], [[1]], 10**30, [10**30], [-1], "\ud800", "\x1b[2J\n"]
@@ -592,13 +575,6 @@ def test_no_source_unpickles_runs_text_or_trusts_remote_code(path):
     for pattern in (r"trust_remote_code\s*=\s*(?!False)", r"(?<![.\w])(eval|exec|compile)\(", r"\bpickle\b(?!d)",
                     r"torch\.load\(", r"weights_only=False", r"shell=True", r"os\.system"):
         assert not re.search(pattern, text.replace("no pickle", "")), pattern
-
-
-def test_the_model_is_loaded_from_safetensors_and_without_its_code():
-    text = (ROOT / "helpers/common.py").read_text()
-    for call in re.findall(r"from_pretrained\((?:[^()]|\([^()]*\))*\)", text):
-        assert "trust_remote_code=False" in call
-    assert "use_safetensors=True" in text
 
 
 # --- what a result depends on -----------------------------------------------------------------------------------------

@@ -149,6 +149,8 @@ def spoil(kind, path):
         model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
     if kind == "a larger tokenizer":
         tokenizer.add_tokens([f"<more{i}>" for i in range(11)])  # ids 150 to 160, of 160 rows
+    if kind == "no end":
+        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token = None
     model.save_pretrained(path)
     if kind != "without tokenizer":
         tokenizer.save_pretrained(path)
@@ -172,7 +174,7 @@ CANNOT = "cannot be loaded"
 MODELS = {"missing": CANNOT, "empty": CANNOT, "without tokenizer": "has no tokenizer", "no weights": CANNOT,
           "pickled weights": CANNOT, "half the weights": CANNOT, "a weight missing": "its weights lack .*lm_head",
           "another shape": CANNOT, "config.json": CANNOT, "tokenizer.json": CANNOT,
-          "a weight that is nan": "its logits are not numbers",
+          "no end": "no end-of-sequence id", "a weight that is nan": "its logits are not numbers",
           "a larger tokenizer": "its tokenizer has ids up to 160, and its embedding 160 rows"}
 
 

@@ -92,8 +92,8 @@ def test_sets_and_training_texts_are_disjoint(world):
     assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
     texts = {m.split("?")[0] + "?" for m, _ in examples_of(world)}
     assert {toy.split_of(t) for t in texts} == {"base"}
-    for name, problems in by_set.items():
-        assert {toy.split_of(p) for p in problems} == {name}
+    for name, records in chain(sets_of(world).items(), toy.problem_sets(world, 1).items()):
+        assert {toy.split_of(r["problem"]) for r in records} == {name}
 
 
 @BOTH
