@@ -66,7 +66,10 @@ def judge(function, asked: list) -> tuple[bool, str]:
 
 
 class Verifier:
-    """verify() gives a verdict, submit() a future of one. Raises UserError naming --verifier."""
+    """verify() gives a verdict, submit() a future of one. Raises UserError naming --verifier.
+
+    close() it whatever happens (contextlib.closing): Python waits for what is under way.
+    """
 
     def __init__(self, spec: str, workers: int = 0, seconds: float = 10):
         self.spec, self.seconds = spec, seconds
@@ -101,8 +104,9 @@ class Verifier:
     def ask_worker(self, asked: list) -> tuple[bool, str]:
         """judge() by this thread's worker, which is killed if it takes too long."""
         me = threading.get_ident()
-        worker = self.workers.get(me) or self.start_worker()
-        reply, late = "", False
+        worker, reply, late = self.workers.get(me), "", False
+        if worker is None or worker.poll() is not None:  # none yet, or something has ended it
+            worker = self.start_worker()
         with contextlib.suppress(BrokenPipeError):  # it has ended
             worker.stdin.write(json.dumps(asked) + "\n")
             worker.stdin.flush()
@@ -110,7 +114,7 @@ class Verifier:
             reply = "" if late else worker.stdout.readline()
         if reply:
             return tuple(json.loads(reply))
-        kill(self.workers.pop(me))  # the next question starts another one
+        kill(worker)  # the next question starts another one
         with self.lock:
             self.timeouts += late
         return False, "" if late else f"its worker ended with exit code {worker.returncode}"
@@ -136,9 +140,11 @@ class Verifier:
 
 
 def kill(worker: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(worker.pid, signal.SIGKILL)  # with what the verifier has started
-    worker.wait()
+    """With what the verifier has started."""
+    if worker.returncode is None:  # else its number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
 
 
 def work(spec: str, seconds: float) -> None:

@@ -115,6 +115,10 @@ def test_a_worker_that_dies_is_an_error_and_the_next_verdict_has_another(make):
     with pytest.raises(UserError, match=r"problem 'p': its worker ended with exit code 3"):
         verifier.verify("die", "", {"id": "p"})
     assert verifier.verify("7", "7") and verifier.timeouts == 0
+    worker, = verifier.workers.values()
+    worker.kill()  # between two questions: nobody's fault
+    worker.wait()
+    assert verifier.verify("7", "7")
 
 
 def test_what_a_verifier_prints_and_reads_does_not_reach_the_exchange(make, capfd):
