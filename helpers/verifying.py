@@ -89,7 +89,7 @@ class Verifier:
         ask = self.ask_worker if self.threads else lambda asked: judge(self.function, asked)
         right, error = ask([response, answer, problem][:3 if self.takes_problem else 2])
         if error:
-            name = f"problem {problem['id']!r}" if problem else f"answer {answer!r}"
+            name = f"problem {problem.get('id')!r}" if problem else f"answer {answer!r}"
             raise self.refusal(f"{name}: {error}")
         return right
 
