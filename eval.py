@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import rollout
-from helpers import common, sampling
+from helpers import common, sampling, verifying
 from helpers.common import UserError
 
 BOOTSTRAP = 10_000  # resamples
@@ -120,6 +120,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="[Table 1] pass@k for these k")
     sampling.add_sampling_args(parser, max_new_tokens=32000)
     rollout.add_problem_args(parser)
+    verifying.add_verifier_args(parser)
     return parser.parse_args(argv)
 
 
@@ -130,7 +131,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     sets = {name: (rollout.read_problems(path, args), common.file_digest(path))
             for name, path in zip(distinct_names(args.data), args.data)}
     device = common.pick_device(args)
-    common.load_verifier(args.verifier)  # a wrong one is noticed before anything is written
+    verifying.from_args(args)  # a wrong one is noticed before anything is written
     out = common.start_run(args.out, args, FREE)
 
     results, policy = [], None

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface
 
 import rollout
-from helpers import common, sampling, training
+from helpers import common, sampling, training, verifying
 from helpers.common import Policy, UserError, checked
 from helpers.sampling import row_key
 
@@ -324,6 +324,16 @@ def replay(W: Tensor, record: dict) -> Tensor:
 
 
 # --- one batch of failed rollouts, from cut to verified trajectory --------------------------------
+def guide_of(problem: dict) -> str:
+    """y_GT as text: `guide_answer` (--gold permuted), else the problem's `guide`, else its answer.
+    Raises UserError for a problem, or its failed rollout, where none is text."""
+    text = problem.get("guide_answer", problem.get("guide", problem["answer"]))
+    if not isinstance(text, str):
+        raise UserError(f"problem {problem['id']!r}: its answer is not text, and there is no "
+                        "'guide', text to steer toward")
+    return text
+
+
 def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[int]]:
     """Token ids of c_tmpl and of y_GT. Raises UserError for an answer without tokens."""
     try:
@@ -367,15 +377,13 @@ def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.
     keys = [[row_key(seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
             for f in batch]
     limits = [room(policy, len(f.q), len(f.r), args) for f in batch]
-    return sampling.sample(policy, prompts, keys, limits, temperature=args.temperature,
-                           top_k=args.top_k, top_p=args.top_p, slots=args.decode_rows,
-                           max_tokens=args.decode_tokens)
+    return sampling.sample(policy, prompts, keys, limits, **sampling.settings(args))
 
 
-def right(policy: Policy, ids: list[int], failed: dict, verify) -> int:
-    """1 if the verifier accepts the text of ids where it did not that of `failed`, else 0."""
-    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
-    return int(bool(verify(text, failed["answer"])))
+def verdicts(policy: Policy, responses: list[list[int]], failed: dict, verify) -> list[int]:
+    """1 for every response (token ids) that is right for the problem of `failed`, else 0."""
+    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    return [int(v.result()) for v in [rollout.submit(verify, text, failed) for text in texts]]
 
 
 def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn: list[sampling.Row],
@@ -387,16 +395,18 @@ def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn:
     the projected prefix lose their reward; what only the soft prefix led to is unlikely there.
     """
     ends = bool({*projected} & {*policy.eos})  # the policy would have ended there
+    soft = verdicts(policy, [f.r + row.ids for row in drawn], failed, verify)
+    hard = iter(verdicts(policy, [projected + row.ids for row, right in zip(drawn, soft) if right],
+                         failed, verify))
     continuations = []
-    for row in drawn:
-        hard = projected + row.ids
+    for row, right in zip(drawn, soft):
+        trajectory = projected + row.ids
         c = {"ids": row.ids, "finish": row.finish,
-             "response": policy.tokenizer.decode(hard, skip_special_tokens=True),
-             "soft_reward": right(policy, f.r + row.ids, failed, verify)}
-        c["reward"] = int(c["soft_reward"] and not ends and right(policy, hard, failed, verify))
+             "response": policy.tokenizer.decode(trajectory, skip_special_tokens=True),
+             "soft_reward": right, "reward": int(right and next(hard) and not ends)}
         if "guide_answer" in failed:
-            guided = failed | {"answer": failed["guide_answer"]}
-            c["guide_reward"] = right(policy, hard, guided, verify)
+            other = failed | {"answer": failed["guide_answer"]}
+            c["guide_reward"], = verdicts(policy, [trajectory], other, verify)
         if c["reward"] and min_logprob is not None:
             rows = [{"prompt_ids": f.q + projected, "response_ids": row.ids}]
             with torch.no_grad():
@@ -421,8 +431,7 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
     batch = []
     for failed in rollouts:
         ids, n = failed["response_ids"], cut(failed["response_ids"], args.rho)
-        template, gold = answer_ids(policy.tokenizer, args.template,
-                                    failed.get("guide_answer", failed["answer"]))
+        template, gold = answer_ids(policy.tokenizer, args.template, guide_of(failed))
         batch.append(Failure(failed["id"], failed["sample"], failed["prompt_ids"], ids[:n], ids[n:],
                              template, gold))
 
@@ -440,7 +449,7 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
         projected = ids.tolist() if steps["gaps"] or steps["gammas"] else f.r
         continuations = judge(policy, failed, f, projected, drawn[last][b], verify,
                               args.min_logprob)
-        curve = {i: [right(policy, f.r + row.ids, failed, verify) for row in rows[b]]
+        curve = {i: verdicts(policy, [f.r + row.ids for row in rows[b]], failed, verify)
                  for i, rows in drawn.items() if i != last}
         curve[last] = [c["soft_reward"] for c in continuations]
         records.append({
@@ -472,7 +481,7 @@ class Attempt(NamedTuple):
     """What is kept of a rollout while its file, which may be larger than memory, is read."""
     sample: int
     reward: int
-    answer: str
+    guide: str  # y_GT
     prefix: int  # tokens of r
     tokens: int  # of prompt and response
 
@@ -481,10 +490,10 @@ def read_failures(file: Path, rho: float) -> tuple[dict[str, list[common.Place]]
     """Where the failed rollouts of every zero-hit prompt are, by id and in sample order, each kept
     as an Attempt; and how many were too short to cut. Raises UserError naming the line."""
     def keep(record: dict) -> Attempt:
-        sample, reward, answer = (record[k] for k in ("sample", "reward", "answer"))
-        if type(sample) is not int or not isinstance(answer, str) or reward not in (0, 1):
-            raise ValueError("sample is not a number, answer not text, or reward not 0 or 1")
-        return Attempt(sample, reward, answer, cut(record["response_ids"], rho),
+        sample, reward = record["sample"], record["reward"]
+        if type(sample) is not int or reward not in (0, 1):
+            raise ValueError("sample is not a number, or reward not 0 or 1")
+        return Attempt(sample, reward, guide_of(record), cut(record["response_ids"], rho),
                        len(record["prompt_ids"]) + len(record["response_ids"]))
 
     found = common.scan([file], keep)
@@ -591,6 +600,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="recompute activations in the backward: less memory, a third slower")
     add_revision_args(parser)
     sampling.add_sampling_args(parser)
+    verifying.add_verifier_args(parser)
     return parser.parse_args(argv)
 
 
@@ -603,7 +613,7 @@ def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str
     """Revise all prompts into OUT/revised.jsonl, a batch at a time. Safe to kill at any moment:
     what is left of a batch is revised with the rest of it, so that the records are the same."""
     policy = common.load_model(args, device)
-    verify = common.load_verifier(args.verifier)
+    verify = verifying.from_args(args)
     part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
 
     def finished(i: str) -> bool:
@@ -618,7 +628,7 @@ def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str
     for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
         for place in failures[i]:
             check_rollout(policy, common.read_at(*place[:3]), args)
-            answer_ids(policy.tokenizer, args.template, guide.get(i, place.kept.answer))
+            answer_ids(policy.tokenizer, args.template, guide.get(i, place.kept.guide))
 
     recovered = seen = 0
     with tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt",
@@ -640,7 +650,7 @@ def main(args: argparse.Namespace) -> None:
     digest = common.file_digest(source)
     failures, skipped = read_failures(source, args.rho)
     failures = {i: failures[i][:args.attempts or None] for i in list(failures)[:args.limit or None]}
-    answers = {i: places[0].kept.answer for i, places in failures.items()}
+    answers = {i: places[0].kept.guide for i, places in failures.items()}
     guide = permuted_answers(answers, args.seed) if args.gold == "permuted" else {}
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=digest)

@@ -28,11 +28,11 @@ Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "A
 replaced); sampling settings are these flags alone, never those of a checkpoint's generation_config.
 """
 import argparse
-import inspect
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ import torch
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from helpers import common, sampling
+from helpers import common, sampling, verifying
 from helpers.common import UserError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -101,7 +101,7 @@ def clean_answer(answer: object, where: str, args: argparse.Namespace) -> object
         answer = None  # JSON has no such number
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
-    own = args.verifier != sampling.VERIFIER
+    own = args.verifier != verifying.DEFAULT
     if answer is None or not isinstance(answer, str) and not own:
         raise UserError(f"{where}: {args.answer_key!r} is not a string or a number")
     return answer
@@ -167,23 +167,19 @@ def add_prompts(policy: common.Policy, problems: list[dict], args: argparse.Name
 
 
 # --- verification ---------------------------------------------------------------------------------
-def takes_problem(verify) -> bool:
-    """Whether the verifier has a third parameter, `problem` or one without a default."""
-    third = list(inspect.signature(verify).parameters.values())[2:3]
-    return any(x.kind <= x.POSITIONAL_OR_KEYWORD and (x.name == "problem" or x.default is x.empty)
-               for x in third)
-
-
 def as_read(problem: dict) -> dict:
     """A problem of read_problems, or that of a rollout record, with no more than its file says."""
     return problem.get("problem_fields") or {k: problem[k] for k in problem if k not in ADDED}
 
 
-def judge(verify, text: str, problem: dict) -> int:
-    """The reward, 0 or 1, of a response to a problem of read_problems or to that of a rollout
-    record: verify(text, answer), or verify(text, answer, problem) where it takes the problem."""
-    whole = (as_read(problem),) if takes_problem(verify) else ()
-    return int(bool(verify(text, problem["answer"], *whole)))
+def submit(verify, text: str, problem: dict) -> Future:
+    """The verdict to come on a response to a problem of read_problems, or to that of a rollout
+    record. verify: verifying.Verifier, or a function of response and answer."""
+    if isinstance(verify, verifying.Verifier):
+        return verify.submit(text, problem["answer"], as_read(problem))
+    verdict = Future()
+    verdict.set_result(bool(verify(text, problem["answer"])))
+    return verdict
 
 
 # --- rollouts of a problem set --------------------------------------------------------------------
@@ -200,20 +196,26 @@ def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], veri
             key = sampling.row_key(*seed_parts, p["id"], number)
             yield sampling.Row(prompt, key, p["response_limit"], (p, number))
 
+    waiting = []  # for the verifier, which may work while the next tokens are drawn
     for finished in sampling.decode(policy, queue(), **sampling.settings(args) | {"slots": slots}):
-        yield [rollout_record(policy.tokenizer, row, verify) for row in finished]
+        texts = [policy.tokenizer.decode(row.ids, skip_special_tokens=True) for row in finished]
+        waiting += [(row, text, submit(verify, text, row.tag[0]))
+                    for row, text in zip(finished, texts)]
+        done = [verdict.done() for _, _, verdict in waiting]
+        yield [rollout_record(verify, *x) for x, d in zip(waiting, done) if d]
+        waiting = [x for x, d in zip(waiting, done) if not d]
+    yield [rollout_record(verify, *x) for x in waiting]
 
 
-def rollout_record(tokenizer, row: sampling.Row, verify) -> dict:
-    """One line of rollouts.jsonl, verified."""
+def rollout_record(verify, row: sampling.Row, text: str, verdict: Future) -> dict:
+    """One line of rollouts.jsonl."""
     p, number = row.tag
-    text = tokenizer.decode(row.ids, skip_special_tokens=True)
     record = {"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"],
               "response_ids": row.ids, "response": text, "finish": row.finish,
-              "reward": judge(verify, text, p), "answer": p["answer"]}
+              "reward": int(verdict.result()), "answer": p["answer"]}
     if "guide" in p:
         record["guide"] = p["guide"]
-    if takes_problem(verify):
+    if getattr(verify, "takes_problem", False):
         record["problem_fields"] = as_read(p)
     return record
 
@@ -249,7 +251,7 @@ def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path,
             raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, "
                             "and they are sampled again")
         return found
-    verify = common.load_verifier(args.verifier)
+    verify = verifying.from_args(args)
     add_prompts(policy, problems, args)
     part, done = common.open_part(out, "rollouts", outcome)
     # No more slots than a rank's share: else the first ranks would take all of a small set
@@ -272,7 +274,7 @@ def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path,
         for records in sample_records(policy, claimed(), verify, args, (args.seed,), slots):
             common.append_jsonl(part, records)
             hits, sampled = hits + sum(r["reward"] for r in records), sampled + len(records)
-            bar.set_postfix_str(f"pass {hits / sampled:.3f}", refresh=False)
+            bar.set_postfix_str(f"pass {hits / max(sampled, 1):.3f}", refresh=False)
             bar.update(len(done) + written.add(len(records)) - bar.n)
         common.barrier()
         bar.update(len(done) + written.add(0) - bar.n)
@@ -318,11 +320,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
     sampling.add_sampling_args(parser)
     add_problem_args(parser)
+    verifying.add_verifier_args(parser)
     return parser.parse_args(argv)
 
 
 # Flags that may change when a run continues: a result changes by float32 rounding alone
-FREE = ("device", "decode_rows", "decode_tokens")
+FREE = ("device", "decode_rows", "decode_tokens", "verifier_workers")
 
 
 def main(args: argparse.Namespace) -> dict:

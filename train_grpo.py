@@ -47,7 +47,7 @@ from torch import Tensor
 
 import revise
 import rollout
-from helpers import common, sampling, training
+from helpers import common, sampling, training, verifying
 from helpers.common import Policy, UserError
 from helpers.sampling import row_key
 from helpers.training import COUNT, NOT_NEGATIVE, POSITIVE
@@ -295,6 +295,7 @@ def add_common_args(parser: argparse.ArgumentParser, group_size: int) -> None:
               "ones first")
     training.add_training_args(parser)
     sampling.add_sampling_args(parser)
+    verifying.add_verifier_args(parser)
     rollout.add_problem_args(parser)
 
 
@@ -346,12 +347,12 @@ def main(args: argparse.Namespace) -> None:
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
     if training.is_finished(out, args.steps):
         return
-    verify = common.load_verifier(args.verifier)
+    verify = verifying.from_args(args)
     trained = training.load_model(args, device, train=True)
     model, tokenizer = trained.model, trained.tokenizer
     rollout.add_prompts(trained, problems, args)
     for p in problems if args.revise else []:  # before any work, not in the middle of it
-        revise.answer_ids(tokenizer, args.template, p["answer"])
+        revise.answer_ids(tokenizer, args.template, revise.guide_of(p))
     # the initial model, also after a restart
     reference = training.load_model(args, device).model if args.kl_coef else None
     policy = trained._replace(model=training.load_actor(model, args, device))  # samples, revises

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import revise
 import rollout
-from helpers import common, sampling
+from helpers import common, sampling, verifying
 from helpers.common import UserError
 from helpers.sampling import row_key
 
@@ -53,7 +53,7 @@ def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer,
     summary = {"problems": len(problems), "n": args.n, "recovered_trajectories": len(recovered),
                "recovered_prompts": len({r["id"] for r in recovered})}
     if args.gold == "permuted":  # how often the answer that was told is the one that is given
-        verify = common.load_verifier(args.verifier)
+        verify = verifying.from_args(args)
         given = {r["id"] for r in rows if verify(r["response"], told[r["id"]])}
         summary["told_prompts"] = len(given)
     common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -76,6 +76,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="control: the hint tells another problem's answer")
     sampling.add_sampling_args(parser)
     rollout.add_problem_args(parser)
+    verifying.add_verifier_args(parser)
     return parser.parse_args(argv)
 
 
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     if args.start == "perturbed" and args.gold == "permuted":
         raise UserError("--gold permuted goes with --from hint, which tells an answer")
     problems = rollout.read_problems(args.data, args)
-    told = {p["id"]: p["answer"] for p in problems}
+    told = {p["id"]: revise.guide_of(p) for p in problems}
     if args.gold == "permuted":
         told = revise.permuted_answers(told, args.seed)
     device = common.pick_device(args)

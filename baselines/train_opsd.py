@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rollout
 import train_grpo
-from helpers import common, training
+from helpers import common, training, verifying
 from helpers.common import Policy, UserError, checked
 
 # Dimension key: M response tokens of a micro-batch, V vocabulary, D model width
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
     if training.is_finished(out, args.steps):
         return
-    verify = common.load_verifier(args.verifier)
+    verify = verifying.from_args(args)
     trained = training.load_model(args, device, train=True)
     model, tokenizer = trained.model, trained.tokenizer
     rollout.add_prompts(trained, problems, args)

@@ -173,18 +173,15 @@ def open_part(out: Path, name: str, keep) -> tuple[Path, dict[tuple[str, int], P
     return out / f"{name}.rank{rank()}.part", done
 
 
-def merge_parts(out: Path, name: str, order: dict[str, int], rewrite=iter) -> None:
-    """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample.
-
-    rewrite: a generator from the records in that order to those that are written.
-    """
+def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
+    """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample."""
     barrier()
     if rank() == 0:
         places = scan(part_files(out, name), keep=lambda record: None)
         keys = sorted(places, key=lambda key: (order[key[0]], key[1]))
         aside = out / f"{name}.jsonl.tmp"
         with open(aside, "w", encoding="ascii") as f:
-            f.writelines(map(to_line, rewrite(read_at(*places[key][:3]) for key in keys)))
+            f.writelines(map(to_line, (read_at(*places[key][:3]) for key in keys)))
         os.replace(aside, out / f"{name}.jsonl")
         remove_parts(out, name)
     barrier()
@@ -377,6 +374,7 @@ def run_script(get_args, main) -> None:
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command continues"
     finally:
+        verifying.close_all()
         if dist.is_initialized():
             dist.destroy_process_group()
     if code:
@@ -513,8 +511,3 @@ def batches_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
-
-
-def load_verifier(spec: str):
-    """The verifier in this process, as f(response, answer). Raises UserError naming --verifier."""
-    return verifying.Verifier(spec).verify

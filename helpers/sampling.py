@@ -34,7 +34,6 @@ from helpers.common import UserError, checked
 
 PREFILL_TOKENS = 8192  # in one pass, padding included; a longer prompt is a pass of its own
 BLOCK = 256  # of the vocabulary, in `draw`
-VERIFIER = "verifier.py:verify"  # --verifier
 
 
 # --- random numbers and the draw ------------------------------------------------------------------
@@ -384,8 +383,6 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     add("--top-p", type=checked(float, lambda p: 0 < p <= 1), default=1.0, help="1 is off")
     add("--top-k", type=natural, default=0, help="0 is off")
     add("--seed", type=int, default=0, help="all random numbers are functions of it")
-    add("--verifier", default=VERIFIER,
-        help="path.py:function, called with (response, answer); a third parameter gets the problem")
     add("--limit", type=natural, default=0, help="only the first so many problems; 0 for all")
     add("--decode-rows", type=positive, default=64, help="most sequences decoded together")
     add("--decode-tokens", type=natural, default=2**18, help="most tokens in the KV cache, prompts "

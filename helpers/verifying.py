@@ -15,22 +15,29 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # where the stages are
+OPEN = weakref.WeakSet()  # verifiers to close
+DEFAULT = "verifier.py:verify"  # takes text alone for an answer
 
 
 def add_verifier_args(parser: argparse.ArgumentParser) -> None:
     from helpers.common import checked  # not above: a worker needs none of it
-    parser.add_argument("--verifier", default="verifier.py:verify",
+    parser.add_argument("--verifier", default=DEFAULT,
                         help="path.py:function(response, answer) -> bool; a third parameter gets "
                         "the problem, a dict, if it has no default or is called problem")
     parser.add_argument("--verifier-workers", type=checked(int, lambda n: n >= 0), default=0,
                         help="processes for a slow verifier; 0: in this one, without a limit")
     parser.add_argument("--verifier-seconds", type=checked(float, lambda s: 0 < s < 1e6),
                         default=10, help="a worker's time for a verdict; beyond it, it is wrong")
+
+
+def from_args(args: argparse.Namespace) -> "Verifier":
+    return Verifier(args.verifier, args.verifier_workers, args.verifier_seconds)
 
 
 def file_of(spec: str) -> Path:
@@ -66,26 +73,28 @@ def judge(function, asked: list) -> tuple[bool, str]:
 
 
 class Verifier:
-    """verify() gives a verdict, submit() a future of one. Raises UserError naming --verifier.
+    """The function of --verifier. Called, it gives a verdict; submit() gives a future of one.
+    Raises UserError naming --verifier. `timeouts` counts the verdicts that took too long.
 
-    close() it whatever happens (contextlib.closing): Python waits for what is under way.
+    Not closed (common.run_script does it), Python waits at its end for what is under way.
     """
 
     def __init__(self, spec: str, workers: int = 0, seconds: float = 10):
         self.spec, self.seconds = spec, seconds
-        self.timeouts, self.lock = 0, threading.Lock()  # verdicts that took too long
+        self.timeouts, self.lock = 0, threading.Lock()
         try:  # with workers too: a file that cannot be used is named at once
             self.function, self.takes_problem = load(spec)
         except (Exception, SystemExit) as e:  # noqa: BLE001 (anybody's code)
             raise self.refusal(f"expected path.py:function ({type(e).__name__}: {e})") from None
         self.threads = ThreadPoolExecutor(workers) if workers else None
         self.workers: dict[int, subprocess.Popen] = {}  # of each thread
+        OPEN.add(self)
 
     def refusal(self, reason: str) -> Exception:
         from helpers.common import UserError  # not above: a worker needs none of it
         return UserError(f"--verifier {self.spec}: {reason}")
 
-    def verify(self, response: str, answer: str, problem: dict | None = None) -> bool:
+    def __call__(self, response: str, answer: object, problem: dict | None = None) -> bool:
         ask = self.ask_worker if self.threads else lambda asked: judge(self.function, asked)
         right, error = ask([response, answer, problem][:3 if self.takes_problem else 2])
         if error:
@@ -93,12 +102,12 @@ class Verifier:
             raise self.refusal(f"{name}: {error}")
         return right
 
-    def submit(self, response: str, answer: str, problem: dict | None = None) -> Future:
-        """With workers, verify() goes on in a thread; without, it is done, or raises, here."""
+    def submit(self, response: str, answer: object, problem: dict | None = None) -> Future:
+        """With workers a verdict to come; without, it is there, or raises here."""
         if self.threads:
-            return self.threads.submit(self.verify, response, answer, problem)
+            return self.threads.submit(self, response, answer, problem)
         future = Future()
-        future.set_result(self.verify(response, answer, problem))
+        future.set_result(self(response, answer, problem))
         return future
 
     def ask_worker(self, asked: list) -> tuple[bool, str]:
@@ -137,6 +146,12 @@ class Verifier:
         if self.timeouts:
             print(f"--verifier {self.spec}: {self.timeouts} verdicts took longer than "
                   f"{self.seconds:g} s and count as wrong", file=sys.stderr)
+
+
+def close_all() -> None:
+    """What the end of a script has to do."""
+    for verifier in list(OPEN):
+        verifier.close()
 
 
 def kill(worker: subprocess.Popen) -> None:

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import finish, launch, read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from conftest import read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from processes import Group, in_group
 from safetensors.torch import load_file, save_file
 from test_grpo import train
 from test_train import (
@@ -28,26 +29,10 @@ from helpers import common, training
 
 
 # --- functions on several processes -----------------------------------------------------------------------------------
-def on_rank(function, env, log, *args):
-    with open(log, "w") as f:
-        try:
-            torch.set_num_threads(1)
-            common.os.environ.update(env)
-            common.start_group()
-            function(*args)
-        except BaseException as e:
-            import traceback
-            f.write("".join(traceback.format_exception(e)))
-            f.flush()
-            raise
-        finally:
-            common.dist.destroy_process_group()
-
-
 def on_processes(count, tmp_path, function, *args):
     """function(*args) on `count` processes in one gloo group."""
-    codes = finish(launch(count, on_rank, lambda r, env: (function, env, tmp_path / f"log.{r}", *args)))
-    assert codes == [0] * count, "\n".join(log.read_text() for log in sorted(tmp_path.glob("log.*")))
+    group = Group(count, tmp_path, in_group, function, *args)
+    assert group.finish() == [0] * count, "\n".join(group.said(2))
 
 
 def save_tiny(path, family):

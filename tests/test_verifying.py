@@ -48,7 +48,7 @@ def test_verdicts_are_the_same_in_workers(make, workers):
     verifier = make("def verify(response, answer):\n    return [] if response > answer else [response]\n", workers)
     pairs = [(chr(97 + i % 7) + "\ud800\n", chr(97 + i % 5)) for i in range(40)]
     futures = [verifier.submit(*pair) for pair in pairs]
-    assert [f.result() for f in futures] == [a <= b for a, b in pairs] == [verifier.verify(*pair) for pair in pairs]
+    assert [f.result() for f in futures] == [a <= b for a, b in pairs] == [verifier(*pair) for pair in pairs]
     assert verifier.timeouts == 0
 
 
@@ -60,12 +60,12 @@ def test_a_verifier_file_is_a_module(make, tmp_path, workers):
                     "import beside\n@dataclass\nclass Reply:\n    text: str\n"
                     "def verify(response, answer):\n"
                     "    return pickle.loads(pickle.dumps(Reply(response))) == Reply(beside.right)\n", workers)
-    assert verifier.verify("yes", "") and not verifier.verify("no", "")
+    assert verifier("yes", "") and not verifier("no", "")
     assert str(tmp_path) not in sys.path
     other = tmp_path / "other"  # a file of the same name, elsewhere
     other.mkdir()
     (other / "v.py").write_text("def verify(response, answer):\n    return response == 'no'\n")
-    assert Verifier(f"{other / 'v.py'}:verify").verify("no", "") and verifier.verify("yes", "")
+    assert Verifier(f"{other / 'v.py'}:verify")("no", "") and verifier("yes", "")
 
 
 @MODES
@@ -75,8 +75,8 @@ def test_a_verifier_file_is_a_module(make, tmp_path, workers):
 def test_a_third_parameter_gets_the_problem(make, workers, parameters, takes_it):
     body = "return {}.get('level') == 5".format(parameters.split(", ")[2].split("=")[0]) if takes_it else "return True"
     verifier = make(f"def verify({parameters}):\n    {body}\n", workers)
-    assert verifier.verify("x", "y", {"id": "p", "level": 5})
-    assert verifier.verify("x", "y", {"id": "p", "level": 6}) is not takes_it
+    assert verifier("x", "y", {"id": "p", "level": 5})
+    assert verifier("x", "y", {"id": "p", "level": 6}) is not takes_it
 
 
 @MODES
@@ -87,7 +87,7 @@ def test_what_a_verifier_raises_names_it_its_line_and_the_problem(make, workers,
     for problem, name in (({"id": "p3"}, "problem 'p3'"), (None, "answer '7'")):
         with pytest.raises(UserError, match=rf"--verifier .*v\.py:verify: {name}: {error} \(.*v\.py:\d+\)"):
             verifier.submit(what, "7", problem).result()
-    assert verifier.verify("7", "7")  # a worker goes on
+    assert verifier("7", "7")  # a worker goes on
 
 
 @pytest.mark.parametrize("text,error", [
@@ -113,17 +113,17 @@ def test_a_verdict_that_takes_too_long_is_wrong_and_counted(make, capfd, what):
 def test_a_worker_that_dies_is_an_error_and_the_next_verdict_has_another(make):
     verifier = make(MISDEEDS, 1)
     with pytest.raises(UserError, match=r"problem 'p': its worker ended with exit code 3"):
-        verifier.verify("die", "", {"id": "p"})
-    assert verifier.verify("7", "7") and verifier.timeouts == 0
+        verifier("die", "", {"id": "p"})
+    assert verifier("7", "7") and verifier.timeouts == 0
     worker, = verifier.workers.values()
     worker.kill()  # between two questions: nobody's fault
     worker.wait()
-    assert verifier.verify("7", "7")
+    assert verifier("7", "7")
 
 
 def test_what_a_verifier_prints_and_reads_does_not_reach_the_exchange(make, capfd):
     verifier = make(MISDEEDS, 1)
-    assert not verifier.verify("chatter", "7") and verifier.verify("7", "7")
+    assert not verifier("chatter", "7") and verifier("7", "7")
     assert capfd.readouterr() == ("", "{}\n[true]")
 
 
@@ -145,7 +145,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path, what):
     """Idle ones at once, busy ones after twice their time."""
     (tmp_path / "v.py").write_text(MISDEEDS)
     code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom helpers.verifying import Verifier\n"
-            f"v = Verifier({f'{tmp_path}/v.py:verify'!r}, 1, 2)\nv.verify('7', '7')\nv.submit({what!r}, '7')\n"
+            f"v = Verifier({f'{tmp_path}/v.py:verify'!r}, 1, 2)\nv('7', '7')\nv.submit({what!r}, '7')\n"
             "time.sleep(0.3)\nprint(next(iter(v.workers.values())).pid, flush=True)\ntime.sleep(60)\n")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
