@@ -2,93 +2,229 @@
 (paper Sec. 3, Alg. 1).
 
     python revise.py --model toy/sums_model --rollouts out/rollouts --out out/revised
-    torchrun --nproc-per-node 8 revise.py --model Qwen/Qwen2.5-1.5B-Instruct --rollouts out/rollouts --out out/revised
+    torchrun --nproc-per-node 8 revise.py --model Qwen/Qwen2.5-1.5B-Instruct \\
+        --rollouts out/rollouts --out out/revised
     python -m experiments.show out/revised/revised.jsonl --id X     what happened to one prefix
 
-A failed rollout [r; c] is cut after a share rho of its tokens. With the model frozen, K Frank-Wolfe steps move the
-input embeddings E_r of the prefix inside conv(W), the hull of the vocabulary embeddings: away from the failed
-continuation c, toward the gold answer. New continuations c^ are decoded from [q; E_r*]; where one is right, E_r* is
-projected to tokens r^ and [r^; c^] is verified again: that is a recovered trajectory.
+A failed rollout [r; c] is cut after a share rho of its tokens. With the model frozen, K Frank-Wolfe
+steps move the input embeddings E_r of the prefix inside conv(W), the hull of the vocabulary
+embeddings: away from the failed continuation c, toward the gold answer. New continuations c^ are
+decoded from [q; E_r*]; where one is right, E_r* is projected to tokens r^ and [r^; c^] is verified
+again: that is a recovered trajectory.
 
 Reads   rollouts.jsonl of rollout.py (prompts whose rollouts all failed).
-Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `prefix_len`, `recovered`, `losses`
-        (explore, guide, nll per step), `gaps`, `gammas`, `passes` (forward), `kept` (share of prefix tokens the
-        projection gives back), `continuations` (with --min-logprob: `logprob` of the right ones), `prefix_file`;
-        prefixes-*.safetensors, the atoms and weights that rebuild every soft prefix;
-        recovered.jsonl, one hard trajectory per right continuation, in the fields of rollouts.jsonl.
+Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `answer`, `prefix_len`,
+        `recovered`, `losses` (explore, guide, nll per step), `gaps`, `gammas`, `vertices` (per
+        step; `replay` makes the soft prefix of them again, but that of --adam), `passes` (forward),
+        `kept` (share of prefix tokens that the projection gives back), `prompt_ids`, `prefix_ids`,
+        `projected_ids`, `continuations` (`logprob`: see --min-logprob), `curve`;
+        recovered.jsonl, a hard trajectory per right continuation, in the fields of rollouts.jsonl.
 
-Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves open: the cut is
-floor(rho * tokens) with end-of-sequence counted in c; only ids that the tokenizer can decode are vertices; eight
-continuations per prefix; all failed rollouts of a prompt are tried in turn until one is recovered.
+Controls: --revision-steps 0 continues the unrevised prefix, --vertices random moves it by noise,
+--gold permuted steers toward another prompt's answer.
+
+Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves
+open: the cut is floor(rho * tokens) with end-of-sequence counted in c; only ids that the tokenizer
+can decode are vertices; eight continuations per prefix; all failed rollouts of a prompt are tried
+in turn until one is recovered.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AttentionInterface
 
 import rollout
-from helpers import common, controls, packed
-from helpers.common import UserError
+from helpers import common, sampling, training, verifying
+from helpers.common import Policy, UserError, checked
+from helpers.sampling import row_key
 
-# Dimension key: B rollouts, Q prompt, R prefix, N = sum of R over the batch, V vocabulary rows, D model width
+# Dimension key: B rollouts, Q prompt, R prefix, C continuation, A branch (template, gold answer),
+# T trunk = Q + R + C, S = T + A, N = sum of R over the batch, M scored tokens, V vocabulary rows,
+# D model width
 
 TEMPLATE = "Based on my current reasoning process, the final answer is "
+EXPLORE, GUIDE, NLL = range(3)  # the three losses, in the order of Eqs. (2)-(4)
 ORACLE_ROWS = 4096  # vocabulary rows scored at a time: more fall out of a CPU's cache
-SHELF_BYTES = 2**28  # of atoms and weights in one prefixes-*.safetensors
+HEAD_ROWS = 256  # positions whose logits exist at a time: 256 x 152k floats are 155 MB
+STAYS = -1  # in place of a vertex: this position was not moved
 
 
-@dataclass
-class Failure:
-    """One failed rollout on its way through Algorithm 1. Token ids throughout."""
+class Failure(NamedTuple):
+    """A failed rollout [r; c] of the prompt q, as token ids, and what it is steered toward."""
     id: str
     sample: int
     q: list[int]
     r: list[int]
     c: list[int]
+    template: list[int]  # c_tmpl
     gold: list[int]  # y_GT, as the template continues
-    atoms: list[Tensor] = field(default_factory=list)  # token ids, (R,) each: r, then v*_i of each step
-    weights: list[float] = field(default_factory=lambda: [1.0])  # of the atoms in E_r, summing to 1
-    gammas: list[float] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)  # L_explore, L_guide, L_NLL before each step
-    gaps: list[float] = field(default_factory=list)  # Frank-Wolfe duality gap before each step
-    passes: int = 0  # forward passes that its revision took
-
-    def __post_init__(self):
-        self.atoms = self.atoms or [torch.tensor(self.r, dtype=torch.long)]
-
-    def move(self, v: Tensor, gamma: float) -> None:
-        """Eq. (7) on the weights: all that there were shrink by 1 - gamma, and the vertices v (R,) enter with gamma."""
-        self.atoms, self.weights = [*self.atoms, v], [*((1 - gamma) * w for w in self.weights), gamma]
-        self.gammas.append(gamma)
 
 
-# --- Frank-Wolfe -----------------------------------------------------------------------------------------------------
-def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner", chunk: int = ORACLE_ROWS) -> Tensor:
+# --- the three losses and their gradient ----------------------------------------------------------
+def token_losses(ce: Tensor, term: Tensor) -> Tensor:
+    """What each scored token adds to its loss, Eqs. (2)-(4), (M,), from its cross-entropy -log p.
+
+    All three losses are minimised. term (M,): EXPLORE, GUIDE or NLL.
+    """
+    losses, c = ce.clone(), term == EXPLORE
+    losses[c] = -ce[c]  # Eq. (2): +log p of the failed continuation
+    return losses
+
+
+class Packed(NamedTuple):
+    """A batch for the packed pass. Places are pairs of index tensors, (rollout, slot)."""
+    ids: Tensor  # (B, S)
+    positions: Tensor  # (B, S)
+    mask: Tensor  # (B, 1, A, S) what the branch sees
+    prefix: tuple[Tensor, Tensor]  # (N,) each: where E_r goes
+    source: tuple[Tensor, Tensor]  # (M,) each: the hidden state that predicts a scored token
+    target: Tensor  # (M,) the scored token
+    term: Tensor  # (M,) whose loss it belongs to
+    weight: Tensor  # (M,) its weight in L_total, Eq. (5)
+
+
+def pack(batch: list[Failure], weights: tuple[float, float, float], mean: bool,
+         device: torch.device) -> Packed:
+    """The three teacher-forced passes of Eqs. (2)-(4) as one. weights: those of Eq. (5), by term.
+
+        trunk    q1 q2 r1 r2 r3 c1 c2      causal               predicts r (NLL) and c (EXPLORE)
+        branch         t1 t2 y1 y2         sees q, r, itself    predicts y (GUIDE)
+
+    The branch [c_tmpl; y_GT] has the positions that follow r.
+    """
+    T = max(len(f.q) + len(f.r) + len(f.c) for f in batch)
+    A = max(len(f.template) + len(f.gold) for f in batch)
+    ids, positions = torch.zeros(2, len(batch), T + A, dtype=torch.long)
+    mask = torch.zeros(len(batch), 1, A, T + A, dtype=torch.bool)
+    mask[..., T:] = torch.ones(A, A, dtype=torch.bool).tril()  # padding too: no empty softmax
+    prefix, scored, token_weights = [], [], []
+    for b, f in enumerate(batch):
+        branch = f.template + f.gold
+        start, middle = len(f.q), len(f.q) + len(f.r)  # r is in between
+        end = middle + len(f.c)
+        ids[b, :end] = torch.tensor(f.q + f.r + f.c)
+        ids[b, T:T + len(branch)] = torch.tensor(branch)
+        positions[b] = torch.cat([torch.arange(T), middle + torch.arange(A)])
+        mask[b, :, :, :middle] = True
+        prefix += [(b, slot) for slot in range(start, middle)]
+        spans = {EXPLORE: range(middle, end), NLL: range(start, middle),
+                 GUIDE: range(T + len(f.template), T + len(branch))}
+        for term, span in spans.items():
+            # The next-token shift, written once: a token is predicted from the slot before it, the
+            # first one of the branch from the last of the prefix
+            scored += [(b, slot - 1 if slot != T else middle - 1, slot, term) for slot in span]
+            # denominator with --reduction mean: the term's tokens
+            token_weights += [weights[term] / (len(span) if mean else 1)] * len(span)
+    rows, source, slots, terms = torch.tensor(scored, device=device).T
+    ids = ids.to(device)
+    return Packed(
+        ids, positions.to(device), mask.to(device), tuple(torch.tensor(prefix, device=device).T),
+        (rows, source), ids[rows, slots], terms, torch.tensor(token_weights, device=device))
+
+
+def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
+                     scaling: float | None = None, **_) -> tuple[Tensor, None]:
+    """Attention over [trunk; branch] as `pack` draws it.
+
+    query (B, heads, S, head_dim), key and value (B, kv_heads, S, head_dim), attention_mask
+    (B, 1, A, S) bool, rows of the branch only: no S x S mask ever exists. Returns
+    (B, S, heads, head_dim).
+    """
+    B, heads, S, width = query.shape
+    T, groups = S - attention_mask.shape[2], heads // key.shape[1]
+    trunk = F.scaled_dot_product_attention(query[:, :, :T], key[:, :, :T], value[:, :, :T],
+                                           is_causal=True, scale=scaling, enable_gqa=groups > 1)
+    # The heads of a group become rows of one head: with a mask, enable_gqa would fall back to the
+    # slow kernel on a GPU
+    rows = query[:, :, T:].reshape(B, -1, groups * (S - T), width)
+    branch = F.scaled_dot_product_attention(
+        rows, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=scaling)
+    return torch.cat([trunk, branch.reshape(B, heads, S - T, -1)], 2).transpose(1, 2), None
+
+
+AttentionInterface.register("latentrevise_packed", packed_attention)
+
+
+@contextlib.contextmanager
+def frozen(model, checkpoint: bool = False):
+    """The model as Algorithm 1 wants it: no parameter gradients, no dropout, packed attention; all
+    restored after."""
+    was_training, attention = model.training, model.config._attn_implementation
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    model.set_attn_implementation("latentrevise_packed")
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        with common.checkpointed(model, checkpoint):
+            yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        model.set_attn_implementation(attention)
+        model.train(was_training)
+
+
+def losses_and_gradient(model, p: Packed, E: Tensor,
+                        head_rows: int = HEAD_ROWS) -> tuple[Tensor, Tensor]:
+    """The three losses of every rollout (B, 3), Eqs. (2)-(4), and G = grad_E L_total (N, D),
+    Eq. (5), in one forward and one backward pass.
+
+    E (N, D) float32: the soft prefixes of the batch, one after the other. Call inside
+    `frozen(model)`. The head runs on the scored positions alone, in chunks that are each turned
+    into the gradient of their hidden states at once: positions x V logits never exist.
+    """
+    E = E.detach().requires_grad_()
+    x = model.get_input_embeddings()(p.ids)  # (B, S, D)
+    x = x.index_put(p.prefix, E.to(x.dtype))
+    hidden = model.base_model(inputs_embeds=x, attention_mask=p.mask, position_ids=p.positions,
+                              use_cache=False).last_hidden_state  # (B, S, D)
+    h = hidden.detach()[p.source]  # (M, D)
+    dh, losses = torch.empty_like(h), torch.zeros(len(x), 3, device=h.device)
+    for s in range(0, len(h), head_rows):
+        rows = slice(s, s + head_rows)
+        chunk = h[rows].requires_grad_()
+        logits = model.get_output_embeddings()(chunk).float()  # (head_rows, V)
+        ce = F.cross_entropy(logits, p.target[rows], reduction="none")
+        each = token_losses(ce, p.term[rows])  # (head_rows,)
+        dh[rows], = torch.autograd.grad((p.weight[rows] * each).sum(), chunk)
+        losses.index_put_((p.source[0][rows], p.term[rows]), each.detach(), accumulate=True)
+    dhidden = torch.zeros_like(hidden).index_put_(p.source, dh, accumulate=True)
+    G, = torch.autograd.grad(hidden, E, dhidden)
+    return losses, G
+
+
+# --- Frank-Wolfe ----------------------------------------------------------------------------------
+def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner",
+              chunk: int = ORACLE_ROWS) -> Tensor:
     """For every row of X (N, D) the id in `allowed` whose row of W (V, D) scores highest: ids (N,).
 
-    metric: inner <x, v>, cosine <x, v>/|v|, or l2 -|x - v|^2. Scores are float32 (bfloat16 scores change vertices) and
-    exist for `chunk` vocabulary rows at a time. Ties go to the id that comes first.
+    metric: inner <x, v>, cosine <x, v>/|v|, or l2 -|x - v|^2. Scores are float32 (bfloat16 scores
+    change vertices) and exist for `chunk` vocabulary rows at a time. Ties go to the id that comes
+    first.
     """
     X, best = X.float(), torch.full((len(X),), -torch.inf, device=X.device)
     ids = torch.zeros(len(X), dtype=torch.long, device=X.device)
-    # Indexing by a list of ids copies every row; most tokenizers allow ids without a gap, which a slice views
+    # Indexing by a list of ids copies every row; most tokenizers allow ids without a gap, which a
+    # slice views
     gapless = len(allowed) > 0 and int(allowed[-1] - allowed[0]) == len(allowed) - 1
     for s in range(0, len(allowed), chunk):
         some = allowed[s:s + chunk]
-        rows = (W[int(some[0]):int(some[0]) + len(some)] if gapless else W[some]).float()  # (chunk, D)
+        rows = W[int(some[0]):int(some[0]) + len(some)] if gapless else W[some]
+        rows = rows.float()  # (chunk, D)
         scores = X @ rows.T  # (N, chunk)
         if metric == "cosine":
-            # denominator |v|: |x| is the same for every v. A row of zeros (padding often is one) scores 0, not nan
+            # denominator |v|: |x| is the same for every v. A row of zeros (padding often is one)
+            # scores 0, not nan
             scores = scores / rows.norm(dim=-1).clamp(min=1e-12)
         elif metric == "l2":
             scores = 2 * scores - rows.square().sum(-1)  # |x|^2 is the same for every v
@@ -99,78 +235,105 @@ def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner", chun
     return ids
 
 
-def oracle(G: Tensor, W: Tensor, allowed: Tensor) -> Tensor:
-    """Eq. (6), the vertex that lowers the linearised loss most: argmin_v <G_j, v> at every position, ids (N,)."""
-    return best_rows(-G, W, allowed)
+def toward(E: Tensor, V: Tensor, gamma: float) -> Tensor:
+    """The step of Eq. (7) from E (N, D) to the vertices V (N, D): a convex combination of both."""
+    return (1 - gamma) * E + gamma * V
 
 
-def soft_prefix(W: Tensor, atoms: list[Tensor], weights: list[float]) -> Tensor:
-    """E_r (R, D) float32 as sum_i weights_i W[atoms_i]: what Eq. (7) gives when it is multiplied out.
+def random_vertices(batch: list[Failure], step: int, allowed: Tensor, seed: int) -> Tensor:
+    """One allowed id per position of the batch, (N,), that no gradient has chosen: a control."""
+    index = []
+    for f in batch:
+        generator = torch.Generator().manual_seed(row_key(seed, f.id, f.sample, "vertex", step))
+        index.append(torch.randint(len(allowed), (len(f.r),), generator=generator))
+    return allowed[torch.cat(index).to(allowed.device)]
 
-    Every iterate is a convex combination of at most K+1 tokens per position, with the same weights at every position.
-    So ids and weights are all there is to a soft prefix: stored, they rebuild it bit for bit.
+
+def note(history: list[dict], moving: Tensor, **values: list) -> None:
+    """Append every rollout's own value to its history, but not of those that have stopped."""
+    for b in moving.nonzero()[:, 0].tolist():
+        for name, of in values.items():
+            history[b][name].append(of[b])
+
+
+def revise(policy: Policy, batch: list[Failure], allowed: Tensor, args: argparse.Namespace,
+           seed: int, keep: set[int] = frozenset()) -> tuple[dict[int, Tensor], list[dict]]:
+    """Algorithm 1 on a batch, the model frozen. allowed: ids of the vertices.
+
+    Returns the soft prefixes of the batch, one after the other, (N, D) float32, {step: after it},
+    of the steps in `keep` and the last; and the history of every rollout: `losses` before each
+    step, Frank-Wolfe `gaps`, and `gammas` and `vertices` of the steps that it took.
+    Raises UserError for a rollout longer than a sliding window.
     """
-    E = torch.zeros(len(atoms[0]), W.shape[1], device=W.device)
-    for ids, weight in zip(atoms, weights):
-        E = E + weight * W[torch.as_tensor(ids, dtype=torch.long, device=W.device)].float()
+    model, sizes = policy.model, [len(f.r) for f in batch]
+    window = getattr(model.config, "sliding_window", None)
+    if window and max(len(f.q) + len(f.r) + len(f.c) for f in batch) > window:
+        raise UserError(f"--model: its attention slides over {window} tokens, and a rollout is "
+                        "longer; the packed pass is full attention")
+    W = model.get_input_embeddings().weight.detach()
+    p = pack(batch, (args.explore_weight, args.alpha_guide, args.beta_nll),
+             args.reduction == "mean", W.device)
+    owner = p.prefix[0]  # (N,) the rollout of every position
+    history = [{"losses": [], "gaps": [], "gammas": [], "vertices": []} for _ in batch]
+    moving = torch.ones(len(batch), dtype=torch.bool, device=W.device)
+    E = W[p.ids[p.prefix]].float()  # Alg. 1 L1: E_r <- Embed(r)
+    free = E.clone()  # what --adam moves in place
+    adam = torch.optim.Adam([free], lr=args.adam) if args.adam else None
+    prefixes = {0: E}
+    with frozen(model, args.checkpoint_activations):
+        for i in range(1, args.revision_steps + 1):  # L2
+            if args.vertices == "random":  # needs no pass, never stops
+                V = random_vertices(batch, i, allowed, seed)
+            else:
+                losses, G = losses_and_gradient(model, p, E)  # L3-L6
+                note(history, moving, losses=losses.tolist())
+                moving = moving & (losses[:, GUIDE] >= args.eps_stop)  # L7: each rollout for itself
+                if not moving.any():
+                    break
+                V = best_rows(-G, W, allowed)  # L9, Eq. (6): argmin_v <G_j, v>
+                gaps = (G * (E - W[V].float())).sum(-1)  # <G_j, E_j - v*_j>, 0 where stationary
+                note(history, moving, gaps=[float(x.sum()) for x in gaps.split(sizes)])
+            takes = moving[owner]  # (N,) which positions take the step
+            if adam:
+                free.grad = G
+                adam.step()
+                new = free
+            else:
+                gamma = args.gamma0 * 2 / (i + 1)  # L8: the classical step of Frank-Wolfe
+                new = toward(E, W[V].float(), gamma)  # L10, Eq. (7)
+                note(history, moving, gammas=[gamma] * len(batch), vertices=[
+                    v.tolist() for v in V.masked_fill(~takes, STAYS).split(sizes)])
+            E = torch.where(takes[:, None], new, E)
+            if i in keep:
+                prefixes[i] = E
+    # After a last stop nothing moves: later steps would find what is there
+    return {i: prefixes.get(i, E) for i in sorted({*keep, args.revision_steps})}, history
+
+
+def replay(W: Tensor, record: dict) -> Tensor:
+    """The soft prefix of a record of revised.jsonl, (R, D) float32, bit for bit: the steps that it
+    took, Eq. (7), from the embeddings of its tokens. W (V, D): the model's embeddings. Raises
+    UserError for one that moved without Frank-Wolfe."""
+    if record["gaps"] and not record["gammas"]:
+        raise UserError(f"the prefix of {record['id']!r} was moved by --adam and is not stored")
+    E = W[torch.tensor(record["prefix_ids"], device=W.device)].float()
+    for ids, gamma in zip(record["vertices"], record["gammas"], strict=True):
+        V = torch.tensor(ids, device=W.device)
+        E = torch.where((V != STAYS)[:, None], toward(E, W[V].float(), gamma), E)
     return E
 
 
-def revise_prefixes(model, batch: list[Failure], template: list[int], allowed: Tensor, args: argparse.Namespace,
-                    keep: set[int] = frozenset()) -> list[dict[int, Tensor]]:
-    """Algorithm 1 on a batch, the model frozen: every rollout's revised prefix, (R, D) float32, after the steps in
-    `keep` and after the last, {step: prefix}.
-
-    Fills in the rest of every Failure; its atoms and weights are all that `soft_prefix` needs to rebuild the last
-    prefix (with --optimizer adam it cannot be rebuilt). A rollout whose L_guide is below --eps-stop leaves the batch
-    before it is moved, and stays as it is.
-    """
-    window = getattr(model.config, "sliding_window", None)
-    if window and max(len(f.q) + len(f.r) + len(f.c) for f in batch) > window:
-        raise UserError(f"--model: its attention slides over {window} tokens, and a rollout is longer; the packed "
-                        "pass is full attention")
-    W = model.get_input_embeddings().weight.detach()
-    weights = (args.explore_weight, args.alpha_guide, args.beta_nll)
-    soft = [soft_prefix(W, f.atoms, f.weights) for f in batch]
-    moments = [(torch.zeros_like(E), torch.zeros_like(E)) for E in soft] if args.optimizer == "adam" else None
-    kept = [{0: E} if 0 in keep else {} for E in soft]
-    active, tensors = list(range(len(batch))), None
-
-    with packed.frozen(model, args.checkpoint_activations):
-        for i in range(1, args.revision_steps + 1):  # Alg. 1, for i = 1..K
-            if args.vertices == "random":  # noise needs no gradient, and so no pass: no losses, no gap, no early stop
-                moving = {b: (None, controls.random_vertices(batch[b], i, allowed, args.seed)) for b in active}
-            else:
-                if tensors is None:
-                    tensors = packed.pack(
-                        [batch[b] for b in active], template, weights, args.reduction == "mean", W.device)
-                losses, G = packed.losses_and_gradient(model, tensors, torch.cat([soft[b] for b in active]))
-                sizes = [len(batch[b].r) for b in active]
-                moving = {}
-                for b, loss, g, v in zip(active, losses.tolist(), G.split(sizes), oracle(G, W, allowed).split(sizes)):
-                    batch[b].losses.append(loss)
-                    batch[b].passes += 1
-                    if loss[1] >= args.eps_stop:  # Alg. 1: stop if L_guide < eps, before the step
-                        # <G, E - V*>: never negative in the hull, 0 where stationary
-                        batch[b].gaps.append(float((g * (soft[b] - W[v].float())).sum()))
-                        moving[b] = g, v
-            for b, (g, v) in moving.items():
-                if moments is not None:
-                    soft[b] = controls.adam_step(soft[b], g, moments[b], i, args.adam_lr)
-                else:
-                    batch[b].move(v, args.gamma0 * 2 / (i + 1))  # Eq. (7); 2/(i+1) is Frank-Wolfe's classical step
-                    soft[b] = soft_prefix(W, batch[b].atoms, batch[b].weights)
-                if i in keep:
-                    kept[b][i] = soft[b]
-            if list(moving) != active:
-                active, tensors = list(moving), None
-            if not active:
-                break
-    # A rollout that stopped early is after every later step what it was when it stopped
-    return [k | {step: E for step in {*keep, args.revision_steps} - k.keys()} for k, E in zip(kept, soft)]
+# --- one batch of failed rollouts, from cut to verified trajectory --------------------------------
+def guide_of(problem: dict) -> str:
+    """y_GT as text: `guide_answer` (--gold permuted), else the problem's `guide`, else its answer.
+    Raises UserError for a problem, or its failed rollout, where none is text."""
+    text = problem.get("guide_answer", problem.get("guide", problem["answer"]))
+    if not isinstance(text, str):
+        raise UserError(f"problem {problem['id']!r}: its answer is not text, and there is no "
+                        "'guide', text to steer toward")
+    return text
 
 
-# --- one batch of failed rollouts, from cut to verified trajectory ----------------------------------------------------
 def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[int]]:
     """Token ids of c_tmpl and of y_GT. Raises UserError for an answer without tokens."""
     try:
@@ -189,302 +352,326 @@ def cut(response_ids: list[int], rho: float) -> int:
     return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
 
-def revise_batch(policy: common.Policy, rollouts: list[dict], args: argparse.Namespace, verify) -> list[dict]:
-    """Algorithm 1, decoding, verification and projection for failed rollouts (records of rollout.py).
-
-    A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one. Returns one record per
-    rollout, in order; in float32 nothing in it depends on the batch, up to rounding (see helpers/sampling.py).
-    """
-    model, tokenizer = policy.model, policy.tokenizer
-    W = model.get_input_embeddings().weight.detach()
-    allowed = allowed_rows(tokenizer, policy.vocab, len(W), args.vertex_rows).to(W.device)
-    batch = []
-    cuts = [0 if args.start == "scratch" else cut(r["response_ids"], args.rho) for r in rollouts]
-    for r, n in zip(rollouts, cuts):
-        template, gold = answer_ids(tokenizer, args.template, r.get("guide_answer", r["answer"]))
-        batch.append(Failure(r["id"], r["sample"], r["prompt_ids"], r["response_ids"][:n], r["response_ids"][n:], gold))
-    # Decode from the soft prefix; with --record-every also after fewer steps, for the curves of Fig. 3
-    steps = {args.revision_steps, *(range(0, args.revision_steps, args.record_every) if args.record_every else ())}
-    if args.start == "soft":
-        prefixes = revise_prefixes(model, batch, template, allowed, args, steps)
-    else:  # controls: hard prefix, or none
-        prefixes = [dict.fromkeys(steps, soft_prefix(W, f.atoms, f.weights)) for f in batch]
-    results = [{} for _ in batch]
-    questions = [W[torch.tensor(f.q, device=W.device)] for f in batch]  # Embed(q), each (Q, D)
-    keys = [[rollout.row_key(args.seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
-            for f in batch]
-    limits = [int(min(args.max_new_tokens - len(f.r), policy.context - len(f.q) - len(f.r))) for f in batch]
-    for step in sorted(steps):
-        prompts = [torch.cat([q, E[step].to(q.dtype)]) for q, E in zip(questions, prefixes)]
-        samples = rollout.sample(policy, prompts, keys, limits, temperature=args.temperature, top_k=args.top_k,
-                                 top_p=args.top_p, slots=args.decode_rows, max_tokens=args.decode_tokens)
-        for result, s in zip(results, samples):
-            result[step] = s
-
-    records = []
-    for f, r, E, result in zip(batch, rollouts, prefixes, results):
-        # Eq. (8); a prefix that did not move is its own tokens
-        moved = f.gaps or f.gammas  # Adam has no gammas, noise no gaps
-        projected = best_rows(E[args.revision_steps], W, allowed, args.projection).tolist() if moved else f.r
-        ends = bool(set(projected) & set(policy.eos))  # the policy would have stopped there: no trajectory of its own
-        curve = {}
-        for step, samples in result.items():
-            soft_text = [tokenizer.decode(f.r + s.ids, skip_special_tokens=True) for s in samples]
-            rewards = [int(bool(verify(text, r["answer"]))) for text in soft_text]
-            curve[step] = {"rewards": rewards, "ids": [s.ids for s in samples]}
-        continuations = []
-        for s, soft_reward in zip(result[args.revision_steps], curve[args.revision_steps]["rewards"]):
-            text = tokenizer.decode(projected + s.ids, skip_special_tokens=True)
-            c = {"ids": s.ids, "finish": s.finish, "response": text, "soft_reward": soft_reward,
-                 # Sec. 3.5, on the hard trajectory too
-                 "reward": int(bool(soft_reward and not ends and verify(text, r["answer"])))}
-            if "guide_answer" in r:
-                c["guide_reward"] = int(bool(verify(text, r["guide_answer"])))
-            continuations.append(c)
-        if args.min_logprob is not None:
-            controls.drop_unlikely(model, f.q + projected, continuations, args.min_logprob)
-        same = sum(a == b for a, b in zip(f.r, projected))
-        records.append({
-            "id": f.id, "sample": f.sample, "answer": r["answer"], "prefix_len": len(f.r),
-            "recovered": any(c["reward"] for c in continuations), "losses": f.losses, "gaps": f.gaps,
-            "gammas": f.gammas, "passes": f.passes,
-            "kept": same / len(f.r) if f.r else 1.0,  # denominator: prefix tokens
-            "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected,
-            "atoms": [v.tolist() for v in f.atoms], "weights": f.weights,
-            "continuations": continuations, "curve": curve} | {k: r[k] for k in ("guide_answer",) if k in r})
-    return records
+def room(policy: Policy, prompt: int, prefix: int, args: argparse.Namespace) -> int:
+    """Tokens that are left for a continuation of so many tokens."""
+    return int(min(args.max_new_tokens, policy.context - prompt)) - prefix
 
 
 @functools.lru_cache(maxsize=2)
 def allowed_rows(tokenizer, vocab: int, rows: int, which: str) -> Tensor:
-    """Ids of the rows of W that may be vertices and projections: the tokenizer's, those without special tokens, or all
-    `rows` (some of which no tokenizer can decode)."""
+    """Ids of the rows of W that may be vertices and projections: the tokenizer's, those without
+    special tokens, or all `rows` (some of which no tokenizer can decode)."""
     if which == "all":
         return torch.arange(rows)
     special = set(tokenizer.all_special_ids) if which == "text" else set()
-    return torch.tensor([i for i in sorted(set(tokenizer.get_vocab().values())) if i < vocab and i not in special])
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    return torch.tensor([i for i in ids if i < vocab and i not in special])
 
 
-def shelf_key(record: dict) -> str:
-    """ID/SAMPLE as the name of a tensor, which has to be Unicode: a lone surrogate in an id becomes its escape."""
-    return f"{record['id']}/{record['sample']}".encode("utf-8", "backslashreplace").decode()
+def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.Namespace,
+                seed: int) -> list[list[sampling.Row]]:
+    """Sec. 3.5: continuations c^ of every [q; E_r]. E (N, D): the soft prefixes of the batch."""
+    W = policy.model.get_input_embeddings().weight.detach()
+    prompts = [torch.cat([W[torch.tensor(f.q, device=W.device)], e.to(W.dtype)])  # (Q + R, D)
+               for f, e in zip(batch, E.split([len(f.r) for f in batch]))]
+    keys = [[row_key(seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
+            for f in batch]
+    limits = [room(policy, len(f.q), len(f.r), args) for f in batch]
+    return sampling.sample(policy, prompts, keys, limits, **sampling.settings(args))
 
 
-def shelve_prefixes(records: Iterator[dict], out: Path) -> Iterator[dict]:
-    """Move atoms and weights of every record to OUT/prefixes-00000.safetensors, ... and name the file in `prefix_file`.
+def verdicts(policy: Policy, responses: list[list[int]], failed: dict, verify) -> list[int]:
+    """1 for every response (token ids) that is right for the problem of `failed`, else 0."""
+    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    return [int(v.result()) for v in [rollout.submit(verify, text, failed) for text in texts]]
 
-    Tensors ID/SAMPLE/atoms int32 (K+1, |r|), the first row r itself, and ID/SAMPLE/weights float64 (K+1,). A new file
-    is begun after SHELF_BYTES, so that no more than one is in memory;
-    where a record goes depends on those before it alone.
+
+def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn: list[sampling.Row],
+          verify, min_logprob: float | None) -> list[dict]:
+    """Sec. 3.5 verifies twice: a continuation after the soft prefix, whose text is that of r
+    (`soft_reward`), and the hard trajectory [r^; c^] (`reward`, which needs both).
+
+    min_logprob: right trajectories whose continuation has a lower mean log-probability (nats) after
+    the projected prefix lose their reward; what only the soft prefix led to is unlikely there.
     """
-    shelf, size, number = {}, 0, 0
+    ends = bool({*projected} & {*policy.eos})  # the policy would have ended there
+    soft = verdicts(policy, [f.r + row.ids for row in drawn], failed, verify)
+    hard = iter(verdicts(policy, [projected + row.ids for row, right in zip(drawn, soft) if right],
+                         failed, verify))
+    continuations = []
+    for row, right in zip(drawn, soft):
+        trajectory = projected + row.ids
+        c = {"ids": row.ids, "finish": row.finish,
+             "response": policy.tokenizer.decode(trajectory, skip_special_tokens=True),
+             "soft_reward": right, "reward": int(right and next(hard) and not ends)}
+        if "guide_answer" in failed:
+            other = failed | {"answer": failed["guide_answer"]}
+            c["guide_reward"], = verdicts(policy, [trajectory], other, verify)
+        if c["reward"] and min_logprob is not None:
+            rows = [{"prompt_ids": f.q + projected, "response_ids": row.ids}]
+            with torch.no_grad():
+                logp = training.response_logprobs(policy.model, rows, entropy=False)[0]
+            c["logprob"] = float(logp.mean())  # denominator: tokens of the continuation
+            c["reward"] = int(c["logprob"] >= min_logprob)
+        continuations.append(c)
+    return continuations
 
-    def close() -> None:
-        name = out / f"prefixes-{number:05d}.safetensors"
-        save_file(shelf, f"{name}.tmp")
-        os.replace(f"{name}.tmp", name)
 
-    for r in records:
-        key = shelf_key(r)
-        shelf[f"{key}/atoms"] = torch.tensor(r["atoms"], dtype=torch.int32)
-        shelf[f"{key}/weights"] = torch.tensor(r["weights"], dtype=torch.float64)
-        size += sum(shelf[f"{key}/{x}"].nbytes for x in ("atoms", "weights"))
-        rest = {k: v for k, v in r.items() if k not in ("atoms", "weights")}
-        yield rest | {"prefix_file": f"prefixes-{number:05d}.safetensors"}
-        if size >= SHELF_BYTES:
-            close()
-            shelf, size, number = {}, 0, number + 1
-    close()
+def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace, verify,
+                 seed: int | None = None) -> list[dict]:
+    """Algorithm 1, decoding, projection and verification of failed rollouts of rollout.py.
 
+    A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one.
+    seed: of all random numbers, args.seed if not given. Returns a record per rollout, in order; in
+    float32 nothing in it depends on the batch, up to rounding (see helpers/sampling.py).
+    """
+    seed = args.seed if seed is None else seed
+    W = policy.model.get_input_embeddings().weight.detach()
+    allowed = allowed_rows(policy.tokenizer, policy.vocab, len(W), args.vertex_rows).to(W.device)
+    batch = []
+    for failed in rollouts:
+        ids, n = failed["response_ids"], cut(failed["response_ids"], args.rho)
+        template, gold = answer_ids(policy.tokenizer, args.template, guide_of(failed))
+        batch.append(Failure(failed["id"], failed["sample"], failed["prompt_ids"], ids[:n], ids[n:],
+                             template, gold))
 
-def load_prefix(folder: Path, record: dict) -> tuple[Tensor, list[float]]:
-    """Atoms (K+1, R) and weights (K+1) of a record of revised.jsonl in `folder`.
-    Raises UserError if they are not there."""
-    name = str(record.get("prefix_file"))
-    try:
-        if Path(name).name != name:  # a name from a file must not lead out of the folder
-            raise OSError(f"{name!r} is not a file name")
-        with safe_open(folder / name, "pt") as f:
-            atoms, weights = (f.get_tensor(f"{shelf_key(record)}/{x}") for x in ("atoms", "weights"))
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(f"{folder}: the prefix of {record['id']!r} cannot be read ({e})") from None
-    return atoms, weights.tolist()
+    # With --record-every also after fewer steps, for the curves of Fig. 3
+    last, every = args.revision_steps, args.record_every
+    prefixes, history = revise(policy, batch, allowed, args, seed,
+                               {*range(0, last, every)} if every else set())
+    drawn = {i: decode_from(policy, batch, E, args, seed) for i, E in prefixes.items()}
+    nearest = best_rows(prefixes[last], W, allowed, args.projection)  # Eq. (8)
+
+    records = []
+    for b, ids in enumerate(nearest.split([len(f.r) for f in batch])):
+        failed, f, steps = rollouts[b], batch[b], history[b]
+        # A prefix that did not move is its own tokens
+        projected = ids.tolist() if steps["gaps"] or steps["gammas"] else f.r
+        continuations = judge(policy, failed, f, projected, drawn[last][b], verify,
+                              args.min_logprob)
+        curve = {i: verdicts(policy, [f.r + row.ids for row in rows[b]], failed, verify)
+                 for i, rows in drawn.items() if i != last}
+        curve[last] = [c["soft_reward"] for c in continuations]
+        records.append({
+            "id": f.id, "sample": f.sample, "answer": failed["answer"], "prefix_len": len(f.r),
+            "recovered": any(c["reward"] for c in continuations),
+            **steps, "passes": len(steps["losses"]),
+            "kept": sum(map(int.__eq__, f.r, projected)) / len(f.r),  # denominator: prefix tokens
+            "prompt_ids": f.q, "prefix_ids": f.r, "projected_ids": projected,
+            "continuations": continuations,
+            "curve": {i: {"rewards": rewards, "ids": [row.ids for row in drawn[i][b]]}
+                      for i, rewards in curve.items()}})
+        if "guide_answer" in failed:
+            records[-1]["guide_answer"] = failed["guide_answer"]
+    return records
 
 
 def trajectories(record: dict) -> list[dict]:
-    """The recovered hard trajectories [r^; c^] of a revision record, in the fields of rollouts.jsonl."""
-    return [{"id": record["id"], "sample": record["sample"], "continuation": m, "prompt_ids": record["prompt_ids"],
-             "response_ids": record["projected_ids"] + c["ids"], "response": c["response"], "finish": c["finish"],
-             "reward": 1, "answer": record["answer"], "prefix_len": record["prefix_len"]}
+    """The recovered hard trajectories [r^; c^] of a revision record, in the fields of
+    rollouts.jsonl."""
+    return [{"id": record["id"], "sample": record["sample"], "continuation": m,
+             "prompt_ids": record["prompt_ids"], "response_ids": record["projected_ids"] + c["ids"],
+             "response": c["response"], "finish": c["finish"], "reward": 1,
+             "answer": record["answer"], "prefix_len": record["prefix_len"]}
             for m, c in enumerate(record["continuations"]) if c["reward"]]
 
 
-@dataclass
-class Entry:
-    """Where a failed rollout is in rollouts.jsonl: the file may be larger than memory."""
+# --- the work: failed rollouts of zero-hit prompts ------------------------------------------------
+class Attempt(NamedTuple):
+    """What is kept of a rollout while its file, which may be larger than memory, is read."""
     sample: int
-    place: tuple[Path, int, int]  # path, offset, bytes
+    reward: int
+    guide: str  # y_GT
+    prefix: int  # tokens of r
     tokens: int  # of prompt and response
-    answer: str
 
 
-def read_failures(file: Path, rho: float) -> tuple[dict[str, list[Entry]], int]:
-    """The failed rollouts of every zero-hit prompt, {id: entries in sample order},
-    and how many were too short to cut."""
-    def keep(r: dict) -> tuple:
-        if type(r["sample"]) is not int or not isinstance(r["answer"], str) or r["reward"] not in (0, 1):
-            raise ValueError("sample is not a number, answer not text, or reward not 0 or 1")
-        return r["reward"], cut(r["response_ids"], rho), len(r["prompt_ids"]) + len(r["response_ids"]), r["answer"]
+def read_failures(file: Path, rho: float) -> tuple[dict[str, list[common.Place]], int]:
+    """Where the failed rollouts of every zero-hit prompt are, by id and in sample order, each kept
+    as an Attempt; and how many were too short to cut. Raises UserError naming the line."""
+    def keep(record: dict) -> Attempt:
+        sample, reward = record["sample"], record["reward"]
+        if type(sample) is not int or reward not in (0, 1):
+            raise ValueError("sample is not a number, or reward not 0 or 1")
+        return Attempt(sample, reward, guide_of(record), cut(record["response_ids"], rho),
+                       len(record["prompt_ids"]) + len(record["response_ids"]))
 
     found = common.scan([file], keep)
     if not found:
         raise UserError(f"--rollouts {file}: holds no rollouts")
-    hit = {i for (i, _), (*_, kept) in found.items() if kept[0]}
+    hit = {i for (i, _), place in found.items() if place.kept.reward}
     failures, skipped = {i: [] for i, _ in found if i not in hit}, 0
-    for (i, sample), (*place, (_, prefix, tokens, answer)) in sorted(found.items(), key=lambda x: x[0][1]):
+    for (i, _), place in sorted(found.items(), key=lambda entry: entry[1].kept.sample):
         if i not in hit:
-            skipped += prefix < 1
-            failures[i] += [Entry(sample, tuple(place), tokens, answer)] if prefix else []
-    return {i: entries for i, entries in failures.items() if entries}, skipped
+            skipped += place.kept.prefix < 1
+            failures[i] += [place] if place.kept.prefix else []
+    return {i: places for i, places in failures.items() if places}, skipped
 
 
-def check_rollout(policy: common.Policy, r: dict, args: argparse.Namespace) -> None:
-    """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a continuation."""
-    context = policy.context
-    where = f"--rollouts: sample {r['sample']} of {r['id']!r}"
-    rollout.check_ids(r, policy.vocab, where)
-    n = cut(r["response_ids"], args.rho)
-    most = min(len(r["prompt_ids"]) + args.max_new_tokens, context)
+def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
+    """--gold permuted: each prompt gets the answer of another prompt, a different one. Raises
+    UserError if all are equal."""
+    if len(set(answers.values())) < 2:
+        raise UserError("--gold permuted needs prompts with at least two different answers")
+    order = sorted(answers, key=lambda i: row_key(seed, i, "permuted"))
+    cycle = order + order
+    return {i: next(answers[j] for j in cycle[k + 1:] if answers[j] != answers[i])
+            for k, i in enumerate(order)}
+
+
+def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace) -> None:
+    """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a
+    continuation."""
+    where = f"sample {failed['sample']} of {failed['id']!r}"
+    rollout.check_ids(failed, policy.vocab, f"--rollouts: {where}")
+    prompt, prefix = len(failed["prompt_ids"]), cut(failed["response_ids"], args.rho)
+    most = prompt + prefix + room(policy, prompt, prefix, args)
+    if most <= prompt + prefix:
+        raise UserError(f"--rollouts: {where}: its prefix has {prefix} tokens, which leaves no "
+                        f"room for a continuation within --max-new-tokens {args.max_new_tokens} "
+                        f"and the context of --model, {policy.context} tokens")
     if 0 < args.decode_tokens < most:
-        raise UserError(f"--decode-tokens {args.decode_tokens}: {where[12:]} and its longest continuation "
-                        f"take {most}")
-    if n >= args.max_new_tokens or len(r["prompt_ids"]) + n >= context:
-        raise UserError(f"{where}: its prefix has {n} tokens, which leaves no room for a continuation within "
-                        f"--max-new-tokens {args.max_new_tokens} and the context of --model, {context} tokens")
+        raise UserError(f"--decode-tokens {args.decode_tokens}: {where} and its longest "
+                        f"continuation take {most}")
+
+
+def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], guide: dict[str, str],
+                   args: argparse.Namespace, verify) -> list[dict]:
+    """Records of the failed rollouts of some prompts, each prompt's in turn until one is recovered.
+    guide: answers to steer toward, by id, if not the gold ones."""
+    records, unsolved = [], prompts
+    for attempt in range(max(map(len, prompts))):
+        unsolved = [places for places in unsolved if attempt < len(places)]
+        rows = [common.read_at(*places[attempt][:3]) for places in unsolved]
+        if guide:
+            rows = [row | {"guide_answer": guide[row["id"]]} for row in rows]
+        new = revise_batch(policy, rows, args, verify) if rows else []
+        records += new
+        unsolved = [places for places, record in zip(unsolved, new) if not record["recovered"]]
+    return records
 
 
 def add_revision_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the method, shared with train_grpo.py --revise."""
-    parser.add_argument("--rho", type=float, default=0.8, help="[Table 7] share of the failed rollout that is revised")
-    parser.add_argument("--revision-steps", type=int, default=10, help="[Table 7] K, Frank-Wolfe steps")
-    parser.add_argument("--gamma0", type=float, default=0.1, help="[Table 7] scale of the step sizes gamma0 * 2/(i+1)")
-    parser.add_argument("--alpha-guide", type=float, default=1.0, help="[Table 7] alpha, weight of L_guide; 0: Table 3")
-    parser.add_argument("--beta-nll", type=float, default=0.1, help="[Table 7] beta, weight of L_NLL; 0: Table 3")
-    parser.add_argument("--explore-weight", type=float, default=1.0, help="[Eq. 5] weight of L_explore; 0: Table 3")
-    parser.add_argument("--eps-stop", type=float, default=1e-3, help="[Table 7] stop a rollout when L_guide is below")
-    parser.add_argument("--template", default=TEMPLATE,
-                        help="[Sec. 3.3] c_tmpl, the sentence that the gold answer ends")
-    parser.add_argument("--reduction", default="sum", choices=["sum", "mean"], help="[Eqs. 2-4] sum; mean is [ours]")
-    parser.add_argument("--projection", default="inner", choices=["inner", "cosine", "l2"],
-                        help="[Eq. 8] inner product")
-    parser.add_argument("--vertex-rows", default="tokens", choices=["tokens", "text", "all"],
-                        help="[ours] vertices: every id of the tokenizer, all but the special ones, or all rows of W")
-    parser.add_argument("--continuations", type=int, default=8, help="[Fig. 3] continuations per revised prefix")
-    parser.add_argument("--from", dest="start", default="soft", choices=["soft", "hard-prefix", "scratch"],
-                        help="[ours] controls: continue the unrevised prefix, or sample anew from the prompt")
-    parser.add_argument("--revise-tokens", type=int, default=16384, help="[ours] padded tokens of the failed rollouts "
-                        "revised together: the memory flag of the revision")
-    parser.add_argument("--record-every", type=int, default=0, help="[Fig. 3] also decode after every so many steps")
-    controls.add_control_args(parser)
-
-
-def check_revision_args(args: argparse.Namespace) -> None:
-    """Raises UserError naming the flag that is out of range."""
-    for flag, good in {"rho": 0 < args.rho < 1, "revision_steps": args.revision_steps >= 0,
-                       "gamma0": 0 < args.gamma0 <= 1, "continuations": args.continuations > 0,
-                       "record_every": args.record_every >= 0, "revise_tokens": args.revise_tokens > 0,
-                       "min_logprob": args.min_logprob is None or abs(args.min_logprob) < float("inf"),
-                       **{k: abs(getattr(args, k)) < float("inf") for k in (
-                           "alpha_guide", "beta_nll", "explore_weight", "eps_stop")}}.items():
-        if not good:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
-    if args.optimizer == "adam" and args.vertices == "random":
-        raise UserError("--optimizer adam has no --vertices: those are of Frank-Wolfe")
+    count, positive = checked(int, lambda n: n >= 0), checked(int, lambda n: n > 0)
+    finite, share = checked(float, math.isfinite), checked(float, lambda x: 0 < x < 1)
+    group = parser.add_argument_group("the revision")
+    add = group.add_argument
+    add("--rho", type=share, default=0.8, help="[Table 7] share of the failed rollout to revise")
+    add("--revision-steps", type=count, default=10,
+        help="[Table 7] K, Frank-Wolfe steps; 0 is a control, the prefix as it is")
+    add("--gamma0", type=checked(float, lambda x: 0 < x <= 1), default=0.1,
+        help="[Table 7] scale of the step sizes gamma0 * 2/(i+1)")
+    add("--alpha-guide", type=finite, default=1.0, help="[Table 7] alpha, weight of L_guide")
+    add("--beta-nll", type=finite, default=0.1, help="[Table 7] beta, weight of L_NLL")
+    add("--explore-weight", type=finite, default=1.0, help="[Eq. 5] weight of L_explore")
+    add("--eps-stop", type=finite, default=1e-3, help="[Table 7] stop when L_guide is below")
+    add("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the words before the gold answer")
+    add("--continuations", type=positive, default=8, help="[Fig. 3] per revised prefix")
+    add("--projection", default="inner", choices=["inner", "cosine", "l2"],
+        help="[Eq. 8] inner product")
+    add("--reduction", default="sum", choices=["sum", "mean"],
+        help="[Eqs. 2-4] of each loss over its tokens")
+    add("--vertex-rows", default="tokens", choices=["tokens", "text", "all"],
+        help="vertices: every id of the tokenizer, all but the special ones, or all rows of W")
+    add("--min-logprob", type=finite,
+        help="least mean log-probability (nats a token) of a right continuation after the "
+             "projected prefix; not given: any, as in the paper")
+    add("--record-every", type=count, default=0, help="[Fig. 3] decode after every so many steps")
+    add("--revise-tokens", type=positive, default=16384,
+        help="padded tokens of rollouts revised together: the memory flag of the revision")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--vertices", default="oracle", choices=["oracle", "random"], help="random is a control")
+    add("--adam", type=checked(float, lambda x: 0 < x < math.inf), metavar="LR",
+        help="[Table 3] Adam with this step size in place of Frank-Wolfe, unconstrained")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     common.add_model_args(parser)
-    parser.add_argument("--rollouts", required=True, help="[ours] output folder of rollout.py, or its rollouts.jsonl")
-    parser.add_argument("--out", required=True, help="[ours] output folder")
-    parser.add_argument("--checkpoint-activations", action="store_true", help="[ours] recompute activations in the "
-                        "backward: less memory for long rollouts, a third slower")
-    parser.add_argument("--attempts", type=int, default=0,
-                        help="[ours] failed rollouts tried per prompt until one is recovered; 0 for all")
-    parser.add_argument("--gold", default="true", choices=["true", "permuted"],
-                        help="[ours] control: steer toward another prompt's answer")
+    add = parser.add_argument
+    add("--rollouts", required=True, help="output folder of rollout.py, or its rollouts.jsonl")
+    add("--out", required=True, help="output folder")
+    add("--attempts", type=checked(int, lambda n: n >= 0), default=0,
+        help="failed rollouts tried per prompt until one is recovered; 0 for all")
+    add("--gold", default="true", choices=["true", "permuted"],
+        help="permuted is a control: steer toward another prompt's answer")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in the backward: less memory, a third slower")
     add_revision_args(parser)
-    rollout.add_sampling_args(parser)
+    sampling.add_sampling_args(parser)
+    verifying.add_verifier_args(parser)
     return parser.parse_args(argv)
 
 
-FREE = (*rollout.FREE, "revise_tokens", "checkpoint_activations")  # these change a result by float32 rounding alone
+# These change a result by float32 rounding alone
+FREE = (*rollout.FREE, "revise_tokens", "checkpoint_activations")
+
+
+def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str],
+        device: torch.device, args: argparse.Namespace) -> None:
+    """Revise all prompts into OUT/revised.jsonl, a batch at a time. Safe to kill at any moment:
+    what is left of a batch is revised with the rest of it, so that the records are the same."""
+    policy = common.load_model(args, device)
+    verify = verifying.from_args(args)
+    part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
+
+    def finished(i: str) -> bool:
+        tried = [done.get((i, place.kept.sample)) for place in failures[i]]
+        return all(tried) or any(t and t.kept for t in tried)
+
+    names = list(failures)
+    longest = [max(place.kept.tokens for place in failures[i]) for i in names]
+    batches = [[names[k] for k in batch]
+               for batch in common.batches_by_length(longest, args.revise_tokens)]
+    mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
+    for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
+        for place in failures[i]:
+            check_rollout(policy, common.read_at(*place[:3]), args)
+            answer_ids(policy.tokenizer, args.template, guide.get(i, place.kept.guide))
+
+    recovered = seen = 0
+    with tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt",
+              disable=common.rank() > 0) as bar:
+        for batch in mine:
+            records = revise_in_turn(policy, [failures[i] for i in batch], guide, args, verify)
+            common.append_jsonl(part, [r for r in records if (r["id"], r["sample"]) not in done])
+            recovered += sum(r["recovered"] for r in records)
+            seen += len(batch)
+            bar.update(len(batch))
+            bar.set_postfix_str(f"recovered {recovered / seen:.3f}")
+    common.merge_parts(out, "revised", {i: k for k, i in enumerate(failures)})
 
 
 def main(args: argparse.Namespace) -> None:
-    rollout.check_sampling_args(args)
-    check_revision_args(args)
-    if args.attempts < 0:
-        raise UserError(f"--attempts {args.attempts} is out of range")
-    source = Path(args.rollouts) / "rollouts.jsonl" if Path(args.rollouts).is_dir() else Path(args.rollouts)
+    # === find the work ===
+    source = Path(args.rollouts)
+    source = source / "rollouts.jsonl" if source.is_dir() else source
     digest = common.file_digest(source)
     failures, skipped = read_failures(source, args.rho)
     failures = {i: failures[i][:args.attempts or None] for i in list(failures)[:args.limit or None]}
+    answers = {i: places[0].kept.guide for i, places in failures.items()}
+    guide = permuted_answers(answers, args.seed) if args.gold == "permuted" else {}
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=digest)
-    golds = {i: entries[0].answer for i, entries in failures.items()}
-    guide = controls.permuted_answers(golds, args.seed) if args.gold == "permuted" else {}
 
-    # === revise: batches of prompts, each prompt's failed rollouts in turn until one is recovered ===
+    # === revise ===
     final = out / "revised.jsonl"
     if not final.exists():
-        policy = common.load_model(args, device)
-        verify = common.load_verifier(args.verifier)
-        part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
-
-        def finished(i: str) -> bool:
-            tried = [done.get((i, entry.sample)) for entry in failures[i]]
-            return all(tried) or any(t and t[3] for t in tried)
-
-        names = list(failures)
-        longest = [max(entry.tokens for entry in failures[i]) for i in names]
-        batches = [[names[k] for k in batch] for batch in common.batches_by_length(longest, args.revise_tokens)]
-        mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
-        for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
-            for entry in failures[i]:
-                check_rollout(policy, common.read_at(*entry.place), args)
-                answer_ids(policy.tokenizer, args.template, guide.get(i, entry.answer))
-        bar = tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt", disable=common.rank() > 0)
-        found = seen = 0
-        for batch in mine:
-            records, unsolved = [], batch
-            for attempt in range(max(len(failures[i]) for i in batch)):
-                rows = [common.read_at(*failures[i][attempt].place) for i in unsolved if attempt < len(failures[i])]
-                rows = [r | ({"guide_answer": guide[r["id"]]} if guide else {}) for r in rows]
-                records += revise_batch(policy, rows, args, verify) if rows else []
-                solved = {r["id"] for r in records if r["recovered"]}
-                unsolved = [i for i in unsolved if i not in solved]
-            common.append_jsonl(part, [r for r in records if (r["id"], r["sample"]) not in done])
-            found += len(batch) - len(unsolved)
-            seen += len(batch)
-            bar.update(len(batch))
-            bar.set_postfix_str(f"recovered {found / seen:.3f}")
-        bar.close()
-        order = {i: k for k, i in enumerate(failures)}
-        common.merge_parts(out, "revised", order, lambda records: shelve_prefixes(records, out))
+        run(out, failures, guide, device, args)
     common.remove_parts(out, "revised")
 
     # === recovered trajectories and the summary ===
     if common.rank() == 0:
-        records = common.read_jsonl(final)
-        recovered = [t for r in records for t in trajectories(r)]
+        records = common.scan([final], trajectories)
+        recovered = [t for place in records.values() for t in place.kept]
         common.write_atomic(out / "recovered.jsonl", "".join(map(common.to_line, recovered)))
-        prompts = {t["id"] for t in recovered}
+        prompts = len({t["id"] for t in recovered})
         summary = {"zero_hit": len(failures), "tried": len(records), "skipped_too_short": skipped,
-                   "recovered_prompts": len(prompts), "recovered_trajectories": len(recovered)}
+                   "recovered_prompts": prompts, "recovered_trajectories": len(recovered)}
         common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        print(f"{len(prompts)} of {len(failures)} zero-hit prompts recovered, {len(recovered)} trajectories, from "
-              f"{len(records)} failed rollouts ({skipped} too short to cut)")
+        print(f"{prompts} of {len(failures)} zero-hit prompts recovered, {len(recovered)} "
+              f"trajectories, from {len(records)} failed rollouts ({skipped} too short to cut)")
 
 
 if __name__ == "__main__":

@@ -1,229 +1,265 @@
-"""Sample N responses to every problem, verify them, and find the zero-hit prompts (paper Sec. 3.1 and 4.1, dapo-hard).
+"""Sample N responses to every problem, verify them, and find the zero-hit prompts (Sec. 3.1, 4.1).
 
     python rollout.py --model toy/sums_model --data problems.jsonl -n 32 --out out/rollouts
-    torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl -n 32 --out out/rollouts
+    torchrun --nproc-per-node 8 rollout.py --model Qwen/Qwen2.5-1.5B-Instruct --data dapo.jsonl \\
+        -n 32 --out out/rollouts
 
-Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names through flags.
-Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or "length"),
-        `reward`, `answer`; zero_hit.jsonl: the problems none of whose N responses passed;
+Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names
+        through flags. Another answer than text or a number is for a --verifier of your own; `guide`
+        may then hold the text that revise.py steers toward. Other fields are kept.
+Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or
+        "length"), `reward`, `answer`, `guide` where the problem has it, and `problem_fields`, the
+        whole problem, for a verifier that asks for it: verify(response, answer, problem);
+        zero_hit.jsonl: the problems none of whose N responses passed, with all their fields;
         summary.json: the pass-rate histogram.
 
-How a response is drawn, and why its text depends on (seed, problem id, sample number) alone, up to float32 rounding:
-helpers/sampling.py. Processes claim problems from one list as their batches have room, so none waits for another, and
-append what is finished to a part file each; killed at any moment, the same command samples what is missing, and the
-files are the same but for such rounding: about two tokens in ten million.
+How a response is drawn, and why its text depends on (seed, problem id, sample number) alone, up to
+float32 rounding: helpers/sampling.py. Processes claim problems from one list as their batches have
+room, so none waits for another, and append what is finished to a part file each; killed at any
+moment, the same command samples what is missing, and the files are the same but for such rounding:
+about two tokens in ten million.
 
-Memory  --decode-tokens: the KV cache never holds more, so long responses are decoded in smaller batches (28 KB a
-        token for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights). A pass over new prompts adds 8,192
-        tokens at most. --decode-rows: the most sequences decoded together, which bounds the logits, size x vocabulary.
+Memory  --decode-tokens: the KV cache never holds more, so long responses are decoded in smaller
+        batches (28 KB a token for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights).
+        A pass over new prompts adds 8,192 tokens at most. --decode-rows: the most sequences decoded
+        together, which bounds the logits, size x vocabulary.
 
-Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is replaced); sampling
-settings are these flags alone, never those of a checkpoint's generation_config.
+Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is
+replaced); sampling settings are these flags alone, never those of a checkpoint's generation_config.
 """
 import argparse
 import json
 import math
 import re
-import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from helpers import common
+from helpers import common, sampling, verifying
 from helpers.common import UserError
 
-# What is not used here is for callers
-from helpers.sampling import Row, Sample, decode, draw, filter_logits, new_cache, row_key, sample, uniforms  # noqa: F401
-
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-HINT = "The correct answer is {answer}. Knowing it, solve the problem in your own way, step by step."
+HINT = ("The correct answer is {answer}. Knowing it, solve the problem in your own way, "
+        "step by step.")
 PLAIN = "Question: {problem}\n{instruction}\nAnswer:"
-DAPO = re.compile(r"\ASolve the following math problem step by step\. The last line of your response should be of the "
-                  r"form Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*\Z",
-                  re.DOTALL)
+DAPO = re.compile(
+    r"\ASolve the following math problem step by step\. The last line of your response should be "
+    r"of the form Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after "
+    r"\"Answer:\"\.?\s*\Z", re.DOTALL)
+ADDED = ("prompt_ids", "response_limit")  # to a problem by add_prompts; its file has no such fields
 
 
-# --- problems and prompts --------------------------------------------------------------------------------------------
-def read_problems(path: str, args: argparse.Namespace) -> list[dict]:
-    """`id`, `problem`, `answer` of every line, renamed from the fields the flags name.
+# --- problems and prompts -------------------------------------------------------------------------
+def read_problems(path: str, args: argparse.Namespace, limit: int | None = None) -> list[dict]:
+    """The records of a file, with `id`, `problem` and `answer` for the fields that the flags name.
 
-    Raises UserError naming path:line for what is missing, of the wrong type, empty or twice there.
+    limit: the first so many, 0 for all, in place of --limit. Raises UserError naming path and
+    record for what is missing, of the wrong type, empty or twice there.
     """
-    problems, seen = [], {}
-    for number, record in enumerate(common.read_jsonl(path, (args.problem_key, args.answer_key)), 1):
-        problem, answer = record[args.problem_key], record[args.answer_key]
+    names, problems, seen = (args.id_key, args.problem_key, args.answer_key), [], {}
+    for number, record in enumerate(common.read_jsonl(path, names[1:]), 1):
         where = f"{path}: record {number}"
-        problem = clean_problem(problem, where)
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or (
-                isinstance(answer, float) and not math.isfinite(answer)):
-            raise UserError(f"{where}: {args.answer_key!r} is not a string or a number")
-        if not str(answer).strip() or not problem:
+        p = {"id": str(record.get(args.id_key, number)),
+             "problem": clean_problem(record[args.problem_key], where),
+             "answer": clean_answer(record[args.answer_key], where, args)}
+        if not p["problem"] or isinstance(p["answer"], str) and not p["answer"].strip():
             raise UserError(f"{where}: empty problem or answer")
-        key = str(record.get(args.id_key, number))
-        if key in seen:
-            raise UserError(f"{where}: {args.id_key} {key!r} was used by record {seen[key]} already")
-        seen[key] = number
-        problems.append({"id": key, "problem": problem, "answer": str(answer)})
+        if not isinstance(record.get("guide", ""), str):
+            raise UserError(f"{where}: 'guide' is not a string")
+        if p["id"] in seen:
+            raise UserError(f"{where}: {args.id_key} {p['id']!r} was used by record "
+                            f"{seen[p['id']]} already")
+        seen[p["id"]] = number
+        problems.append(p | {k: v for k, v in record.items() if k not in {*p, *names, *ADDED}})
     if not problems:
         raise UserError(f"{path}: holds no problems")
-    return problems[:args.limit] if args.limit else problems
+    return problems[:(args.limit if limit is None else limit) or None]
 
 
 def clean_problem(problem: object, where: str) -> str | list[dict]:
-    """A problem without DAPO's wrapper. Raises UserError unless it is text or a list of chat messages."""
+    """A problem without DAPO's wrapper. Raises UserError unless it is text or chat messages."""
     if isinstance(problem, str):
         return (DAPO.match(problem) or [None, problem])[1]
     if not (isinstance(problem, list) and problem and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in problem)):
+            isinstance(m, dict) and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str) for m in problem)):
         raise UserError(f"{where}: the problem is neither a string nor a list of chat messages")
-    wrapped = DAPO.match(problem[0]["content"]) if len(problem) == 1 else None  # as the hub file of DAPO has it
+    # The hub file of DAPO has one wrapped message
+    wrapped = DAPO.match(problem[0]["content"]) if len(problem) == 1 else None
     return wrapped[1] if wrapped else problem
 
 
+def clean_answer(answer: object, where: str, args: argparse.Namespace) -> object:
+    """Text; a number as text; any other JSON value as it is, unless verifier.py is to judge it,
+    which takes no other. Raises UserError."""
+    if isinstance(answer, float) and not math.isfinite(answer):
+        answer = None  # JSON has no such number
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    own = args.verifier != verifying.DEFAULT
+    if answer is None or not isinstance(answer, str) and not own:
+        raise UserError(f"{where}: {args.answer_key!r} is not a string or a number")
+    return answer
+
+
 def check_ids(record: dict, vocab: int, where: str) -> None:
-    """Raises UserError unless prompt_ids and response_ids are lists of token ids below vocab, neither empty."""
+    """Raises UserError unless prompt_ids and response_ids are lists of token ids below vocab,
+    neither empty."""
     for field in ("prompt_ids", "response_ids"):
         ids = record[field]
-        if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab for i in ids)):
-            raise UserError(f"{where}: {field!r} is not a list of token ids of --model, at least one")
+        if not (isinstance(ids, list) and ids
+                and all(type(i) is int and 0 <= i < vocab for i in ids)):
+            raise UserError(f"{where}: {field!r} is not a list of token ids of --model, at least "
+                            "one")
 
 
 def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -> list[int]:
-    """Token ids of a prompt: the tokenizer's chat template, or a plain one for models without (--prompt-format).
-
-    A list of chat messages is used as it is; a string gets the instruction after it.
+    """Token ids of a prompt: the tokenizer's chat template, or a plain one for models without
+    (--prompt-format). Chat messages are used as they are; a string gets the instruction after it.
     """
     style = args.prompt_format
     if style == "auto":
         style = "chat" if tokenizer.chat_template else "plain"
-    if style == "chat":
-        if not tokenizer.chat_template:
-            raise UserError("--prompt-format chat: the tokenizer of --model has no chat template")
-        if isinstance(problem, str):
-            problem = [{"role": "user", "content": f"{problem}\n{args.instruction}" if args.instruction else problem}]
-    elif not isinstance(problem, str):
-        raise UserError("--prompt-format plain: a problem made of chat messages needs a chat template")
+    if style == "chat" and not tokenizer.chat_template:
+        raise UserError("--prompt-format chat: the tokenizer of --model has no chat template")
+    if style == "plain" and not isinstance(problem, str):
+        raise UserError("--prompt-format plain: a problem made of chat messages needs a chat "
+                        "template")
     try:
         if style == "plain":
-            return tokenizer(PLAIN.format(problem=problem, instruction=args.instruction))["input_ids"]
+            text = PLAIN.format(problem=problem, instruction=args.instruction)
+            return tokenizer(text)["input_ids"]
+        if isinstance(problem, str):
+            problem = [{"role": "user", "content": add_text(problem, after=args.instruction)}]
         text = tokenizer.apply_chat_template(problem, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    except (TemplateError, TypeError) as e:  # a role that the template refuses; a string that is not Unicode
-        raise UserError(f"problem {str(problem)[:60]!r}: refused by the tokenizer of --model ({e})") from None
+    except (TemplateError, TypeError) as e:  # a role the template refuses; text that is not Unicode
+        raise UserError(f"problem {str(problem)[:60]!r}: refused by the tokenizer of --model "
+                        f"({e})") from None
 
 
 def add_text(problem: str | list[dict], before: str = "", after: str = "") -> str | list[dict]:
-    """A problem with lines before and after its text; of chat messages the last is meant, which asks."""
+    """A problem with lines before and after its text; of chat messages the last is meant."""
     if isinstance(problem, str):
         return "\n".join(filter(None, (before, problem, after)))
-    return [*problem[:-1], problem[-1] | {"content": add_text(problem[-1]["content"], before, after)}]
+    last = problem[-1]
+    return [*problem[:-1], last | {"content": add_text(last["content"], before, after)}]
 
 
 def add_prompts(policy: common.Policy, problems: list[dict], args: argparse.Namespace) -> None:
-    """Give each problem its `prompt_ids` and `limit`, the response tokens its context leaves (<= --max-new-tokens)."""
+    """Give each problem its `prompt_ids` and `response_limit`: --max-new-tokens, or fewer where the
+    context leaves fewer."""
     for p in problems:
         p["prompt_ids"] = prompt_ids(policy.tokenizer, p["problem"], args)
-        if not 0 < len(p["prompt_ids"]) < policy.context:
-            raise UserError(f"problem {p['id']!r} is {len(p['prompt_ids'])} tokens long, and the context of "
+        length = len(p["prompt_ids"])
+        if not 0 < length < policy.context:
+            raise UserError(f"problem {p['id']!r} is {length} tokens long, and the context of "
                             f"--model holds {policy.context}")
-        p["limit"] = int(min(args.max_new_tokens, policy.context - len(p["prompt_ids"])))
-        if 0 < args.decode_tokens < len(p["prompt_ids"]) + p["limit"]:
-            raise UserError(f"--decode-tokens {args.decode_tokens}: problem {p['id']!r} and its longest response "
-                            f"take {len(p['prompt_ids']) + p['limit']}")
+        p["response_limit"] = int(min(args.max_new_tokens, policy.context - length))
+        if 0 < args.decode_tokens < length + p["response_limit"]:
+            raise UserError(f"--decode-tokens {args.decode_tokens}: problem {p['id']!r} and its "
+                            f"longest response take {length + p['response_limit']}")
 
 
-# --- rollouts of a problem set ---------------------------------------------------------------------------------------
-def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], verify, args, seed_parts: tuple,
-                   slots: int) -> Iterator[list[dict]]:
-    """Rollout records of (problem, sample number) pairs, in lists of those that finish together; row keys are
-    (*seed_parts, id, sample). Pairs are taken as slots become free; those of one problem should follow each other."""
-    def queue() -> Iterator[Row]:
+# --- verification ---------------------------------------------------------------------------------
+def as_read(problem: dict) -> dict:
+    """A problem of read_problems, or that of a rollout record, with no more than its file says."""
+    return problem.get("problem_fields") or {k: problem[k] for k in problem if k not in ADDED}
+
+
+def submit(verify, text: str, problem: dict) -> Future:
+    """The verdict to come on a response to a problem of read_problems, or to that of a rollout
+    record. verify: verifying.Verifier, or a function of response and answer."""
+    if isinstance(verify, verifying.Verifier):
+        return verify.submit(text, problem["answer"], as_read(problem))
+    verdict = Future()
+    verdict.set_result(bool(verify(text, problem["answer"])))
+    return verdict
+
+
+# --- rollouts of a problem set --------------------------------------------------------------------
+def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], verify, args,
+                   seed_parts: tuple, slots: int) -> Iterator[list[dict]]:
+    """Rollout records of (problem, sample number) pairs, in lists of those that finish together;
+    row keys are (*seed_parts, id, sample). Pairs are taken as slots become free; those of one
+    problem should follow each other."""
+    def queue() -> Iterator[sampling.Row]:
         problem = None
         for p, number in rows:
-            if p is not problem:
-                problem, prompt = p, torch.tensor(p["prompt_ids"])  # one tensor for its samples: one prefill
-            yield Row(prompt, row_key(*seed_parts, p["id"], number), p["limit"], (p, number))
+            if p is not problem:  # one tensor for its samples: one prefill
+                problem, prompt = p, torch.tensor(p["prompt_ids"])
+            key = sampling.row_key(*seed_parts, p["id"], number)
+            yield sampling.Row(prompt, key, p["response_limit"], (p, number))
 
-    for finished in decode(policy, queue(), slots=slots, max_tokens=args.decode_tokens,
-                           temperature=args.temperature, top_k=args.top_k, top_p=args.top_p):
-        records = []
-        for row in finished:
-            p, number = row.tag
-            text = policy.tokenizer.decode(row.ids, skip_special_tokens=True)
-            records.append({"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"], "response_ids": row.ids,
-                            "response": text, "finish": row.finish, "reward": int(bool(verify(text, p["answer"]))),
-                            "answer": p["answer"]})
-        yield records
-
-
-def outcome(record: dict) -> tuple[int, str, int]:
-    return record["reward"], record["finish"], len(record["response_ids"])
+    waiting = []  # for the verifier, which may work while the next tokens are drawn
+    for finished in sampling.decode(policy, queue(), **sampling.settings(args) | {"slots": slots}):
+        texts = [policy.tokenizer.decode(row.ids, skip_special_tokens=True) for row in finished]
+        waiting += [(row, text, submit(verify, text, row.tag[0]))
+                    for row, text in zip(finished, texts)]
+        done = [verdict.done() for _, _, verdict in waiting]
+        yield [rollout_record(verify, *x) for x, d in zip(waiting, done) if d]
+        waiting = [x for x, d in zip(waiting, done) if not d]
+    yield [rollout_record(verify, *x) for x in waiting]
 
 
-def read_outcomes(path: Path) -> dict[tuple[str, int], tuple[int, str, int]]:
-    """{(id, sample): (reward, finish, tokens)} of a rollouts.jsonl."""
-    return {key: kept for key, (_, _, _, kept) in common.scan([path], outcome).items()}
+def rollout_record(verify, row: sampling.Row, text: str, verdict: Future) -> dict:
+    """One line of rollouts.jsonl."""
+    p, number = row.tag
+    record = {"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"],
+              "response_ids": row.ids, "response": text, "finish": row.finish,
+              "reward": int(verdict.result()), "answer": p["answer"]}
+    if "guide" in p:
+        record["guide"] = p["guide"]
+    if getattr(verify, "takes_problem", False):
+        record["problem_fields"] = as_read(p)
+    return record
 
 
-class Progress:
-    """Rank 0's bar over the work of all ranks, which add theirs to shared counters once a second.
-    done: {(id, sample): reward} of what earlier runs finished."""
-
-    def __init__(self, problems: list[dict], n: int, done: dict, label: str):
-        self.bar = tqdm(total=len(problems) * n, initial=len(done), desc=label, unit="rollout",
-                        disable=common.rank() > 0)
-        self.hits = {p["id"]: [done[p["id"], s] for s in range(n) if (p["id"], s) in done] for p in problems}
-        self.n, self.start, self.shown = n, time.time(), 0.0
-        full = [h for h in self.hits.values() if len(h) == n]
-        # rollouts, tokens (of this run alone), hits, problems with all their rollouts, those of them without a hit
-        self.before = [len(done), 0, sum(map(sum, self.hits.values())), len(full), sum(not any(h) for h in full)]
-        self.counters, self.mine = [common.Counter() for _ in self.before], [0] * len(self.before)
-
-    def add(self, records: list[dict]) -> None:
-        for r in records:
-            hits = self.hits[r["id"]]
-            hits.append(r["reward"])
-            full = len(hits) == self.n  # never true of a problem that ranks share: the bar alone misses it
-            change = 1, len(r["response_ids"]), r["reward"], full, full and not any(hits)
-            self.mine = [a + b for a, b in zip(self.mine, change)]
-        if time.time() - self.shown > 1:
-            self.show()
-
-    def show(self) -> None:
-        rollouts, tokens, hits, full, zero = (b + c.add(m) for b, c, m in zip(self.before, self.counters, self.mine))
-        self.mine, self.shown = [0] * len(self.mine), time.time()
-        self.bar.n = rollouts
-        # denominators: seconds of this run; rollouts so far
-        self.bar.set_postfix_str(f"{tokens / (time.time() - self.start):.0f} tok/s, "
-                                 f"pass {hits / max(rollouts, 1):.3f}, zero-hit {zero}/{full}")
+class Outcome(NamedTuple):
+    """What is kept in memory of a rollout."""
+    reward: int
+    finish: str
+    tokens: int
 
 
-def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path, args, label: str) -> dict:
-    """Sample and verify n responses to every problem into out/rollouts.jsonl; returns its outcomes.
+def outcome(record: dict) -> Outcome:
+    return Outcome(record["reward"], record["finish"], len(record["response_ids"]))
 
-    Each rank appends what it finishes to its own part file; what is there already is not sampled again. When all is
-    done rank 0 merges the parts in problem order. Safe to kill at any moment.
+
+def read_outcomes(path: Path) -> dict[tuple[str, int], Outcome]:
+    """{(id, sample): Outcome} of a rollouts.jsonl."""
+    return {key: place.kept for key, place in common.scan([path], outcome).items()}
+
+
+def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path, args,
+                 label: str) -> dict[tuple[str, int], Outcome]:
+    """Sample and verify n responses to every problem into out/rollouts.jsonl.
+
+    Each rank appends what it finishes to its own part file; what is there already is not sampled
+    again. When all is done rank 0 merges the parts in problem order. Safe to kill at any moment.
     """
     final = out / "rollouts.jsonl"
     if final.exists():
         common.remove_parts(out, "rollouts")
         found = read_outcomes(final)
-        if found.keys() != {(p["id"], s) for p in problems for s in range(n)}:  # it was cut or edited: never in a run
+        if found.keys() != {(p["id"], s) for p in problems for s in range(n)}:  # cut or edited
             raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, "
                             "and they are sampled again")
         return found
-    verify = common.load_verifier(args.verifier)
+    verify = verifying.from_args(args)
     add_prompts(policy, problems, args)
     part, done = common.open_part(out, "rollouts", outcome)
+    # No more slots than a rank's share: else the first ranks would take all of a small set
+    missing = len(problems) * n - len(done)
+    slots = min(args.decode_rows, max(1, math.ceil(missing / common.world_size())))
     todo = [(p, [s for s in range(n) if (p["id"], s) not in done]) for p in problems]
-    # No more slots than a rank's share of the rows: else the first ranks would take all of a small set
-    slots = min(args.decode_rows, max(1, math.ceil((len(problems) * n - len(done)) / common.world_size())))
-    pieces = [(p, numbers[i:i + slots]) for p, numbers in todo for i in range(0, len(numbers), slots)]
-    claims = common.Counter()
+    pieces = [(p, some[i:i + slots]) for p, some in todo for i in range(0, len(some), slots)]
+    claims, written = common.Counter(), common.Counter()
 
     def claimed() -> Iterator[tuple[dict, int]]:
         """The next piece that no rank has claimed, each time this rank's batch has room."""
@@ -231,81 +267,68 @@ def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path,
             p, numbers = pieces[i]
             yield from ((p, s) for s in numbers)
 
-    progress = Progress(problems, n, {key: reward for key, (_, _, _, (reward, _, _)) in done.items()}, label)
-    for records in sample_records(policy, claimed(), verify, args, (args.seed,), slots):
-        common.append_jsonl(part, records)
-        progress.add(records)
-    progress.show()  # everybody's remainder, before rank 0 reads the sums
-    common.barrier()
-    progress.show()
-    progress.bar.close()
+    # The bar is rank 0's and counts the work of all; the pass rate is of what rank 0 has sampled
+    hits = sampled = 0
+    with tqdm(total=len(done) + missing, initial=len(done), desc=label, unit="rollout",
+              disable=common.rank() > 0) as bar:
+        for records in sample_records(policy, claimed(), verify, args, (args.seed,), slots):
+            common.append_jsonl(part, records)
+            hits, sampled = hits + sum(r["reward"] for r in records), sampled + len(records)
+            bar.set_postfix_str(f"pass {hits / max(sampled, 1):.3f}", refresh=False)
+            bar.update(len(done) + written.add(len(records)) - bar.n)
+        common.barrier()
+        bar.update(len(done) + written.add(0) - bar.n)
     common.merge_parts(out, "rollouts", {p["id"]: i for i, p in enumerate(problems)})
     return read_outcomes(final)
 
 
+def hits_per_problem(problems: list[dict], n: int, found: dict) -> list[int]:
+    """How many of the n rollouts of each problem passed."""
+    return [sum(found[p["id"], s].reward for s in range(n)) for p in problems]
+
+
 def summarise(problems: list[dict], n: int, found: dict) -> dict:
-    """Pass rate, lengths and the histogram {hits: problems}; its entry 0 counts the zero-hit prompts."""
-    hits = [sum(found[p["id"], s][0] for s in range(n)) for p in problems]
+    """Pass rate, lengths and the histogram {hits: problems}; its entry 0 counts the zero-hit
+    prompts."""
+    hits = hits_per_problem(problems, n, found)
     count = len(problems) * n  # rollouts
-    return {"problems": len(problems), "n": n, "pass_rate": sum(hits) / count, "zero_hit": hits.count(0),
-            "mean_tokens": sum(f[2] for f in found.values()) / count,
-            "truncated": sum(f[1] == "length" for f in found.values()) / count,
+    return {"problems": len(problems), "n": n, "pass_rate": sum(hits) / count,
+            "zero_hit": hits.count(0),
+            "mean_tokens": sum(x.tokens for x in found.values()) / count,
+            "truncated": sum(x.finish == "length" for x in found.values()) / count,
             "histogram": {h: hits.count(h) for h in range(n + 1) if h in hits}}
 
 
-def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 8192) -> None:
-    """Flags of every stage that samples; eval.py has the paper's longer limit."""
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens,
-                        help="[Table 7] longest response, in tokens: 8,192 in training, 32,000 in evaluation")
-    parser.add_argument("--temperature", type=float, default=1.0, help="[ours] the paper names none; 0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="[ours] 1 is off")
-    parser.add_argument("--top-k", type=int, default=0, help="[ours] 0 is off")
-    parser.add_argument("--seed", type=int, default=0, help="[ours] all random numbers are functions of it")
-    parser.add_argument("--verifier", default="verifier.py:verify", help="[ours] path.py:function(response, gold)")
-    parser.add_argument("--limit", type=int, default=0, help="[ours] only the first so many problems; 0 for all")
-    parser.add_argument("--decode-rows", type=int, default=64, help="[ours] most sequences decoded together")
-    parser.add_argument("--decode-tokens", type=int, default=2**18, help="[ours] most tokens in the KV cache, "
-                        "prompts and responses: the memory flag; 0 is no bound")
-
-
+# --- the stage ------------------------------------------------------------------------------------
 def add_problem_args(parser: argparse.ArgumentParser) -> None:
     """Flags of every stage that reads problems and samples responses to them."""
-    parser.add_argument("--instruction", default=INSTRUCTION, help="[ours] follows every problem; '' for none")
-    parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
-                        help="[ours] auto: the tokenizer's chat template where it has one")
-    parser.add_argument("--id-key", default="id", help="[ours] field of a problem's id (line number if it has none)")
-    parser.add_argument("--problem-key", default="problem", help="[ours] field of the problem")
-    parser.add_argument("--answer-key", default="answer", help="[ours] field of the gold answer")
-
-
-def check_sampling_args(args: argparse.Namespace) -> None:
-    """Raises UserError naming the flag that is out of range."""
-    for flag, good in {"temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1, "top_k": args.top_k >= 0,
-                       "max_new_tokens": args.max_new_tokens > 0, "limit": args.limit >= 0,
-                       "decode_rows": args.decode_rows > 0, "decode_tokens": args.decode_tokens >= 0}.items():
-        if not good:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
+    add = parser.add_argument_group("problems").add_argument
+    add("--instruction", default=INSTRUCTION, help="follows every problem; '' for none")
+    add("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
+        help="auto: the tokenizer's chat template where it has one")
+    add("--id-key", default="id", help="field of a problem's id (line number if it has none)")
+    add("--problem-key", default="problem", help="field of the problem")
+    add("--answer-key", default="answer", help="field of the gold answer")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     common.add_model_args(parser)
-    parser.add_argument("--data", required=True, help="[ours] problems, JSONL")
-    parser.add_argument("--out", required=True, help="[ours] output folder")
-    parser.add_argument("-n", "--n", type=int, default=32,
+    parser.add_argument("--data", required=True, help="problems, JSONL")
+    parser.add_argument("--out", required=True, help="output folder")
+    parser.add_argument("-n", "--n", type=common.checked(int, lambda n: n > 0), default=32,
                         help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
-    add_sampling_args(parser)
+    sampling.add_sampling_args(parser)
     add_problem_args(parser)
+    verifying.add_verifier_args(parser)
     return parser.parse_args(argv)
 
 
-FREE = ("device", "decode_rows", "decode_tokens")  # these change a result by float32 rounding alone
+# Flags that may change when a run continues: a result changes by float32 rounding alone
+FREE = ("device", "decode_rows", "decode_tokens", "verifier_workers")
 
 
 def main(args: argparse.Namespace) -> dict:
-    check_sampling_args(args)
-    if args.n < 1:
-        raise UserError(f"--n {args.n} is out of range")
     problems = read_problems(args.data, args)
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
@@ -313,14 +336,16 @@ def main(args: argparse.Namespace) -> dict:
     found = run_rollouts(policy, problems, args.n, out, args, "rollout")
     summary = summarise(problems, args.n, found)
     if common.rank() == 0:
-        zero = [p for p in problems if not any(found[p["id"], s][0] for s in range(args.n))]
-        common.write_atomic(out / "zero_hit.jsonl", "".join(
-            common.to_line({k: p[k] for k in ("id", "problem", "answer")}) for p in zero))
+        hits = hits_per_problem(problems, args.n, found)
+        zero = [as_read(p) for p, h in zip(problems, hits) if h == 0]
+        common.write_atomic(out / "zero_hit.jsonl", "".join(map(common.to_line, zero)))
         common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        print(f"{summary['problems']} problems x {args.n}: pass rate {summary['pass_rate']:.4f}, zero-hit "
-              f"{summary['zero_hit']} ({summary['zero_hit'] / len(problems):.1%}), mean length "
-              f"{summary['mean_tokens']:.1f} tokens, cut off {summary['truncated']:.1%}")
-        print("  hits of", args.n, "-> problems: ", "  ".join(f"{h}:{c}" for h, c in summary["histogram"].items()))
+        print(f"{summary['problems']} problems x {args.n}: pass rate {summary['pass_rate']:.4f}, "
+              f"zero-hit {summary['zero_hit']} ({summary['zero_hit'] / len(problems):.1%}), "
+              f"mean length {summary['mean_tokens']:.1f} tokens, cut off "
+              f"{summary['truncated']:.1%}")
+        histogram = "  ".join(f"{h}:{c}" for h, c in summary["histogram"].items())
+        print(f"  hits of {args.n} -> problems:   {histogram}")
     return summary
 
 

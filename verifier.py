@@ -1,26 +1,24 @@
-r"""Is the last boxed answer of a response the gold answer? A verifier without a computer algebra system.
+r"""Is the last boxed answer of a response the gold answer? Without a computer algebra system.
 
     verify(r"... so \boxed{\frac12}", "0.5") -> True
 
-The reward of reinforcement learning is only as good as this function, so every rule below is written to refuse when in
-doubt: a wrong acceptance is found and exploited by training, a wrong refusal only costs one sample. Read from top to
-bottom: 1. take the box, 2. one spelling for every way of writing, 3. arithmetic, 4. shapes (lists, tuples, unions,
-matrices), 5. comparison. Whatever no rule understands is right only as the same text.
+The reward of reinforcement learning is only as good as this function, so every rule refuses when in
+doubt: a wrong acceptance is found and exploited by training, a wrong refusal costs one sample.
+Read from top to bottom: 1. take the box, 2. one spelling for every way of writing, 3. arithmetic,
+4. shapes (lists, tuples, unions, matrices), 5. comparison. Whatever no rule understands is right
+only as the same text.
 
-Contract: a plain bool for any two strings (None gives False); never raises, prints, evaluates text or starts anything;
-no state is kept, so any thread may call it. Work is bounded by the `MAX_` constants, not by a clock.
+Contract: a plain bool for any two strings (None gives False); never raises, prints, evaluates text
+or starts anything; keeps no state, so any thread may call it. Work is bounded by the `MAX_`
+constants, not by a clock.
 
 Command line (exit status 0 right, 1 wrong, 2 bad usage):
     python verifier.py --gold 1/2 'text with \boxed{\frac12}'
-    python verifier.py --jsonl rollouts.jsonl --out verdicts.jsonl --response-field response --answer-field answer
 """
 
 import argparse
-import json
 import math
-import os
 import re
-import sys
 import zlib
 from cmath import acos, asin, atan, cos, cosh, exp, isfinite, log, pi, sin, sinh, tan, tanh
 from collections import Counter
@@ -34,26 +32,26 @@ MAX_BOX = 20_000  # characters in a box; anything longer is not an answer
 MAX_PARSED = 1_000  # characters read as mathematics; longer answers are compared as text
 MAX_DEPTH = 30  # nesting of brackets and commands
 MAX_BITS = 16_000  # size of an exact number; larger powers and factorials are compared as text
-MAX_DIGITS = 4_000  # digits or decimal exponent of one literal; int() itself refuses more than 4,300 digits
+MAX_DIGITS = 4_000  # digits or decimal exponent of one literal; int() itself refuses over 4,300
 MAX_NAMES = 8  # variables in an expression that is compared by value
 MAX_UNIT = 100  # characters of a unit
 MAX_UNPAIRED = 40  # members of a list that are not the same text as another one
 POINTS = 3  # values given to the variables of an expression
 LONG_DECIMAL = 9  # decimals after which a decimal number stands for the exact value it agrees with
 CLOSE = 1e-9  # relative tolerance between two closed forms, both computed in doubles
-CLOSE_TO_EXACT = 1e-12  # the same when one of them is an exact rational: only rounding errors are forgiven
+CLOSE_TO_EXACT = 1e-12  # the same where one is an exact rational: rounding errors alone
 
 
-# ---- 1. The box -----------------------------------------------------------------------------------------------------
+# ---- 1. The box ----------------------------------------------------------------------------------
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\s*((?:\\[A-Za-z]+|[^\s{}$\\])(?:\\[A-Za-z]+|[^\s$\\}])*)")
 
 
 def extract_boxed(response: str) -> str | None:
-    r"""Content of the last `\boxed` or `\fbox` after the last `</think>`; None if there is none, or it is empty.
+    r"""Content of the last `\boxed` or `\fbox` after the last `</think>`; None if there is none.
 
-    A last box that never closes (a cut-off response) is None too: an earlier box is not what the response ended on.
-    Braces are balanced and `\{`, `\}` are not counted. Of nested boxes the innermost counts. `\boxed 5` is 5.
+    An empty last box is None, and so is one that never closes (a cut-off response). Braces are
+    balanced; `\{`, `\}` do not count. Of nested boxes the innermost counts. `\boxed 5` is 5.
     """
     text = response[response.rfind("</think>") + 1 :]
     start, command = max((text.rfind(r"\boxed"), r"\boxed"), (text.rfind(r"\fbox"), r"\fbox"))
@@ -71,45 +69,50 @@ def extract_boxed(response: str) -> str | None:
     return None
 
 
-# ---- 2. One spelling for every way of writing -----------------------------------------------------------------------
+# ---- 2. One spelling for every way of writing ----------------------------------------------------
 _UNICODE = str.maketrans(
-    {"−": "-", "–": "-", "＋": "+", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
-     "∞": r"\infty ", "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-     "±": r"\pm ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"\degree ", "²": "^2", "³": "^3", "½": r"\frac12 ",
+    {"−": "-", "–": "-", "＋": "+", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/",
+     "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ",
+     "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∅": r"\emptyset ",
+     "°": r"\degree ", "²": "^2", "³": "^3", "½": r"\frac12 ",
      "，": ",", "；": ";", "（": "(", "）": ")", "：": ":",
      "\u2032": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "~": " "}
 )  # fmt: skip
 
-# LaTeX commands that are drawn the same, mean the same here, or only move things about. One pass over whole commands,
-# so that the row break `\\` is never mistaken for a backslash followed by something.
+# LaTeX commands that are drawn the same, mean the same here, or only move things about. One pass
+# over whole commands, so that the row break `\\` is never taken for a backslash before something.
 _SPELLING = {
     r"\dollar": r"\$", r"\degree": r"\degree ", "%": r"\%", "*": r"\cdot \times \ast",
     r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom \tbinom", r"\emptyset": r"\varnothing",
-    r"\le": r"\leq \leqslant", r"\ge": r"\geq \geqslant", r"\ne": r"\neq", "/": r"\div", ":": r"\colon",
-    "<": r"\lt", ">": r"\gt",
-    r"\{": r"\lbrace", r"\}": r"\rbrace", "'": r"\prime", r"\arcsin": r"\asin", r"\arctan": r"\atan",
-    r"\text": r"\textbf \textit \textrm \textnormal \texttt \mathrm \mathbf \mathit \mathsf \mathtt \mbox \hbox "
-              r"\operatorname \bf \bm \boldsymbol \rm",
+    r"\le": r"\leq \leqslant", r"\ge": r"\geq \geqslant", r"\ne": r"\neq", "/": r"\div",
+    ":": r"\colon", "<": r"\lt", ">": r"\gt", r"\{": r"\lbrace", r"\}": r"\rbrace",
+    "'": r"\prime", r"\arcsin": r"\asin", r"\arctan": r"\atan",
+    r"\text": r"\textbf \textit \textrm \textnormal \texttt \mathrm \mathbf \mathit \mathsf "
+              r"\mathtt \mbox \hbox \operatorname \bf \bm \boldsymbol \rm",
     " ": r"\, \; \: \> \  \quad \qquad \enspace \thinspace",
-    "": r"\! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \( \) \[ \] "
-        r"\displaystyle \textstyle \limits",
+    "": r"\! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr "
+        r"\( \) \[ \] \displaystyle \textstyle \limits",
 }  # fmt: skip
-_SAME_COMMAND = {old: new for new, olds in _SPELLING.items() for old in olds.replace("\\ ", "").split()} | {"\\ ": " "}
+_SAME_COMMAND = {old: new for new, olds in _SPELLING.items()
+                 for old in olds.replace("\\ ", "").split()} | {"\\ ": " "}
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)", re.DOTALL)
-# Thousands marks that can be nothing else: 1{,}234  1,\!234  1\,234  1 234, the same mark throughout, groups of three.
+# Thousands marks that can be nothing else: 1{,}234  1,\!234  1\,234  1 234, the same throughout
 _GROUPS = re.compile(
-    r"(?<![0-9.,])[0-9]{1,3}(?P<mark>\{,\}|, ?\\! ?| ?\\[,; ] ?| )[0-9]{3}(?:(?P=mark)[0-9]{3})*(?!(?: *[/,])? *[0-9])"
+    r"(?<![0-9.,])[0-9]{1,3}(?P<mark>\{,\}|, ?\\! ?| ?\\[,; ] ?| )[0-9]{3}"
+    r"(?:(?P=mark)[0-9]{3})*(?!(?: *[/,])? *[0-9])"
 )
 _TEXT = re.compile(r"(?P<before>[0-9})/] ?)?\\text ?\{(?P<words>(?:[^{}]|\{[^{}]*\})*)\}")
 _REWRITES = [  # applied in order, each on the output of the one before
     (re.compile(r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))"), r"\\degree "),  # 45^{\circ}
     (re.compile(r"\^ ?\{ ?((?:' ?)+)\}|\^ ?(?=')"), r"\1"),  # x^{\prime} is x'
     (re.compile(r"' (?=')"), "'"),
-    (re.compile(r"(\^ ?(?:\{[^{}]*\}|[A-Za-z0-9])) ?(_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))"), r"\2\1"),  # v^2_0 is v_0^2
+    # v^2_0 is v_0^2
+    (re.compile(r"(\^ ?(?:\{[^{}]*\}|[A-Za-z0-9])) ?(_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))"), r"\2\1"),
     (re.compile(r"<="), r"\\le "),
     (re.compile(r">="), r"\\ge "),
     (re.compile(r"!="), r"\\ne "),
-    (re.compile(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|exp|pi)(?![A-Za-z])"), r"\\\1 "),  # typed without a backslash
+    # typed without a backslash
+    (re.compile(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|exp|pi)(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"(?<![0-9A-Za-z})\]]) ?\+ ?(?=\\infty)"), ""),  # +\infty
     (re.compile(r"\{,\}"), ","),
     (re.compile(r" +"), " "),
@@ -119,11 +122,11 @@ _LETTER_UNITS = re.compile(r"[mgshNJWVKL](?:[ /]*[mgsh]| ?\^ ?\{?-?[0-9]\}?)*")
 
 
 def _plain_text(match: re.Match) -> str:
-    r"""`\text{..}`: keep words (lower case, for units and word answers), unwrap everything that is mathematics."""
+    r"""`\text{..}`: keep words (lower case, for units and word answers), unwrap mathematics."""
     words, before = " ".join(match["words"].split()), match["before"] or ""
     if words in _FUNCTIONS:
         return rf"{before}\{words} "
-    if measure := re.fullmatch(r"(-?[0-9][0-9.,/]*) ([A-Za-z].*)", words):  # \text{5 cm}: a number and its unit
+    if measure := re.fullmatch(r"(-?[0-9][0-9.,/]*) ([A-Za-z].*)", words):  # \text{5 cm}
         return rf"{before} {measure[1]} \text{{{re.sub('[{}]', '', measure[2]).lower()}}}"
     if (before and _LETTER_UNITS.fullmatch(words)) or re.search("[A-Za-z]{2}", words):
         return rf"{before}\text{{{re.sub('[{}]', '', words).lower()}}}"
@@ -131,7 +134,7 @@ def _plain_text(match: re.Match) -> str:
 
 
 def _clean(text: str) -> str:
-    """Spell an answer in one way: same commands, no dollars or spacing, words in lower case, single spaces."""
+    """Spell an answer in one way: no dollars or spacing commands, words in lower case."""
     text = " ".join(text.translate(_UNICODE).split())
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # doubly escaped LaTeX: \\sqrt
@@ -147,19 +150,22 @@ _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|(?<=[0-9]) (?=[0-9]))| ")
 
 
 def _canonical(text: str) -> str:
-    r"""The text without the braces and spaces that change nothing; `1 2` is not `12`, `\sin x` is not `\sinx`."""
+    r"""Without the braces and spaces that change nothing: `1 2` is not `12`."""
     return _SPACE.sub(r"\1", re.sub(r"(?<=[\^_]) ?\{ ?([A-Za-z0-9]) ?\}", r"\1", text))
 
 
-# ---- 3. Arithmetic: exact rationals where possible, doubles otherwise, variables at fixed pseudo-random points ------
+# ---- 3. Arithmetic: exact rationals where possible, else doubles ---------------------------------
+# Variables have fixed pseudo-random values, at several points.
 _FUNCTIONS = {
-    "sin": sin, "cos": cos, "tan": tan, "sinh": sinh, "cosh": cosh, "tanh": tanh, "exp": exp, "ln": log, "log": log,
+    "sin": sin, "cos": cos, "tan": tan, "sinh": sinh, "cosh": cosh, "tanh": tanh, "exp": exp,
+    "ln": log, "log": log,
     "arcsin": asin, "arccos": acos, "arctan": atan,
     "cot": lambda x: 1 / tan(x), "sec": lambda x: 1 / cos(x), "csc": lambda x: 1 / sin(x),
 }  # fmt: skip
 _GREEK = (
-    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|"
-    "upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|hbar|ell|angle"
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|"
+    "rho|sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|"
+    "Omega|hbar|ell|angle"
 )
 _LETTER = rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![A-Za-z]))"
 _SYMBOL = (  # x, \alpha, \dot{x}, x_0, x_{max}, x'
@@ -167,29 +173,33 @@ _SYMBOL = (  # x, \alpha, \dot{x}, x_0, x_{max}, x'
     r"(?: ?_ ?(?:\{(?:[^{}]|\{[^{}]*\})*\}|[A-Za-z0-9]|\\[A-Za-z]+))?'*"
 )
 # A number, as one token: 12, 1,234.5, 3., .5, 6.02e23
-_NUMBER = re.compile(r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
+_NUMBER = re.compile(
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?"
+)
 _TOKEN = re.compile(
-    rf" ?(?:(?P<number>{_NUMBER.pattern})|(?P<word>[A-Za-z]{{4}})|(?P<name>{_SYMBOL}(?:\((?:{_SYMBOL}|[0-9]+)\))?)"
+    rf" ?(?:(?P<number>{_NUMBER.pattern})|(?P<word>[A-Za-z]{{4}})"
+    rf"|(?P<name>{_SYMBOL}(?:\((?:{_SYMBOL}|[0-9]+)\))?)"
     r"|\\[A-Za-z]+|(?P<mark>[^ ]))"
 )
-# A whole number right before a fraction of whole numbers, not itself the end of another number or of an exponent
+# A whole number right before a fraction of whole numbers, not the end of a number or an exponent
 _MIXED = re.compile(
     r"(?<![0-9.,A-Za-z})^_/])(?<![0-9.,)}] )([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+) ?"
-    r"(?:\\frac ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))|(?<= )([0-9]+) ?/ ?([0-9]+))"
+    r"(?:\\frac ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))"
+    r"|(?<= )([0-9]+) ?/ ?([0-9]+))"
 )
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 def _improper(match: re.Match) -> str:
-    r"""Rule: a whole number before a proper fraction of whole numbers is added to it: 3\frac12 and 3 1/2 are 7/2."""
+    r"""Rule: a whole number before a proper fraction is added: 3\frac12 and 3 1/2 are 7/2."""
     whole, top, bottom = (int(group.replace(",", "")) for group in match.groups() if group)
     return f"({whole * bottom + top}/{bottom})" if 0 < top < bottom else "?"
 
 
 def evaluate(text: str) -> tuple[frozenset[str], bool, list[Number]]:
-    """The variables of an expression, whether it adds, and its value at each point (one value without variables).
+    """The variables of an expression, whether it adds, and its value at each point (or one).
 
-    Raises ValueError for what is not an expression, ArithmeticError for what has no value within the bounds.
+    Raises ValueError for what is not an expression, ArithmeticError for no value within the bounds.
     """
     tokens = []
     for match in _TOKEN.finditer(_MIXED.sub(_improper, text)) if len(text) <= MAX_PARSED else ():
@@ -210,10 +220,10 @@ class _Arithmetic:
     """
 
     def __init__(self, tokens: list[str], point: int) -> None:
-        self.rest, self.point, self.depth = tokens[::-1], point, 0  # the next token is the last of `rest`
+        self.rest, self.point, self.depth = tokens[::-1], point, 0  # the next token is the last
         self.names: set[str] = set()
         self.adds = False  # a binary plus or minus was met
-        self.after_power = False  # the last factor ended in an exponent, so a number may follow: 2^6 3^5
+        self.after_power = False  # the last factor had an exponent, so a number may follow: 2^6 3^5
 
     def run(self) -> Number:
         value = self.sum()
@@ -298,7 +308,7 @@ class _Arithmetic:
     def function(self, name: str) -> Number:
         r"""\sin x, \sin 2t, \sin(x), \sin^2 x, \sin^{-1} x, \log_2 8, \log x."""
         apply, exponent, base = _FUNCTIONS[name], 1, 1
-        if name == "log":  # the base nobody states is some number: ratios of logarithms agree, \log and \ln do not
+        if name == "log":  # a base nobody states is some number: \log and \ln do not agree
             base = log(complex(self.argument() if self.take("_") else variable("log", self.point)))
         if self.take("^"):
             exponent = self.atom()
@@ -306,7 +316,7 @@ class _Arithmetic:
                 apply, exponent = _FUNCTIONS["arc" + name], 1
         if self.rest and self.rest[-1] in _CLOSING:
             value = self.atom()
-        else:  # without brackets the argument is the run of factors up to the next sign, slash or function
+        else:  # the argument is the run of factors up to the next sign, slash or function
             value = self.power()
             while self.factor_follows() and self.rest[-1][1:] not in _FUNCTIONS:
                 value = value * self.power()
@@ -314,7 +324,7 @@ class _Arithmetic:
         return value if exponent == 1 else _power(value, exponent)
 
     def variable(self, token: str) -> Number:
-        """e and i are constants; any other symbol is a variable; x(t) and f(0) are variables as a whole."""
+        """e and i are constants; any other symbol is a variable; so is x(t) as a whole."""
         if token in ("e", "i"):
             return complex(math.e) if token == "e" else 1j
         symbol = _TOKEN.fullmatch(token)
@@ -326,7 +336,7 @@ class _Arithmetic:
 
 
 def variable(name: str, point: int) -> Fraction:
-    """Value of a variable at a point: a rational between 0.6 and 2.6 that depends on nothing else."""
+    """Value of a variable at a point: a rational between 0.6 and 2.6, a function of these two."""
     return Fraction(300 + zlib.crc32(f"{point}{name}".encode("utf8", "replace")) % 997, 499)
 
 
@@ -354,14 +364,15 @@ def _small(value: Number) -> int:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    """base ** exponent: exact for whole exponents within the bit budget and for exact roots, else in doubles."""
+    """base ** exponent: exact for whole exponents within MAX_BITS and for exact roots."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
         top, index = exponent.numerator, exponent.denominator
         if base < 0 and index % 2 and index > 1:  # the real root of a negative number
             return _power(-base, exponent) * (-1) ** (top % 2)
         roots = [_exact_root(part, index) for part in (base.numerator, base.denominator)]
         if None not in roots:
-            if abs(top) * sum(root.bit_length() for root in roots) > MAX_BITS or (base == 0 and top <= 0):
+            bits = abs(top) * sum(root.bit_length() for root in roots)
+            if bits > MAX_BITS or (base == 0 and top <= 0):
                 raise OverflowError("power over the bit budget, or of zero")
             return Fraction(*roots) ** top
     value = _bounded(complex(base) ** complex(exponent))
@@ -379,7 +390,7 @@ def _exact_root(number: int, index: int) -> int | None:
     return root if root**index == number else None
 
 
-# ---- 4. Shapes: what an answer is made of ---------------------------------------------------------------------------
+# ---- 4. Shapes: what an answer is made of --------------------------------------------------------
 class Answer(NamedTuple):
     """One answer, or one part of it. `text` decides where no other rule applies."""
 
@@ -388,7 +399,7 @@ class Answer(NamedTuple):
     label: str = ""  # x of x=5, f(x) of f(x)=2x, (x,y) of (x,y)=(1,2)
     brackets: str = ""  # of a row: "()", "[)", ..., "=" for the sides of an equation, "matrix 2x3"
     parts: tuple["Answer", ...] = ()
-    values: tuple[Number, ...] = ()  # of an expression: its value at each point; one value if there is no variable
+    values: tuple[Number, ...] = ()  # of an expression, at each point; one if it has no variable
     names: frozenset[str] = frozenset()  # its variables
     adds: bool = False  # it holds a sum that could be carried out
     unit: str = ""  # "%", "cm^2", "m/s"; "?edges" for a counting noun; "" for none
@@ -396,18 +407,20 @@ class Answer(NamedTuple):
 
 
 # Units of measurement: name, then the ways to write it (plural -s is understood).
-_UNITS = """% percent percentage pct|deg degree|rad radian|$ dollar usd|cent|euro|cm centimeter centimetre
-|mm millimeter millimetre|km kilometer kilometre|m meter metre|in inch inches|ft foot feet|yd yard|mi mile|mi/h mph
-|kg kilogram|g gram|mg milligram|lb pound|oz ounce|ton|l liter litre|ml milliliter|gal gallon|s sec second
-|ms millisecond|min minute|h hr hour|day|week|month|yr year|j joule|n newton|w watt|kw kilowatt|v volt|k kelvin
+_UNITS = """% percent percentage pct|deg degree|rad radian|$ dollar usd|cent|euro
+|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|m meter metre
+|in inch inches|ft foot feet|yd yard|mi mile|mi/h mph|kg kilogram|g gram|mg milligram|lb pound
+|oz ounce|ton|l liter litre|ml milliliter|gal gallon|s sec second|ms millisecond|min minute
+|h hr hour|day|week|month|yr year|j joule|n newton|w watt|kw kilowatt|v volt|k kelvin
 |c celsius|f fahrenheit|hz hertz|pa pascal|ev|mol mole|arcsec"""
 _UNIT_OF = {word: line.split()[0] for line in _UNITS.split("|") for word in line.split()}
 _UNIT_OF |= {word + "s": unit for word, unit in _UNIT_OF.items() if len(word) > 1}
-# Words after a number that change what it says, so that they are no unit: 5 or more, 5 million, 5 thirds.
+# Words after a number that change what it says: 5 or more, 5 million, 5 thirds.
 _NOT_A_UNIT = re.compile(
-    r"\b(?:or|and|not?|nor|but|if|when|where|unless|except|mod(?:ulo)?|base|more|less|fewer|most|least|about|between|"
-    r"from|to|than|hal(?:f|ves)|thirds?|quarters?|tenths|hundredths|hundred|thousand|million|billion|trillion|dozen|"
-    r"twice|plus|minus|squared|cubed|over|into|none|all|point|one|two|three|four|five|six|seven|eight|nine|ten)\b"
+    r"\b(?:or|and|not?|nor|but|if|when|where|unless|except|mod(?:ulo)?|base|more|less|fewer|most|"
+    r"least|about|between|from|to|than|hal(?:f|ves)|thirds?|quarters?|tenths|hundredths|hundred|"
+    r"thousand|million|billion|trillion|dozen|twice|plus|minus|squared|cubed|over|into|none|all|"
+    r"point|one|two|three|four|five|six|seven|eight|nine|ten)\b"
 )
 # Bare units are safe without \text; shorter ones (m, s, mg, in) could be products of variables.
 _BARE_UNITS = [word for word in _UNIT_OF if len(word) > 2 or word in ("cm", "km", "kg", "ft", "lb")]
@@ -441,7 +454,7 @@ _WORDS = re.compile(r"[A-Za-z]{2}[A-Za-z .'-]*")
 
 
 def _split(text: str, splitter: re.Pattern) -> list[str]:
-    """Parts of the text between separators outside all brackets; no parts if the brackets do not pair up."""
+    """Parts of the text between separators outside all brackets; none if brackets do not pair."""
     parts, start, depth = [], 0, 0
     for token in splitter.finditer(text):
         if token["separator"] and not depth:
@@ -462,7 +475,8 @@ def _several(text: str, splitter: re.Pattern) -> list[str]:
 def _inner(text: str, opening: str, closing: str) -> str:
     """What stands between a pair of brackets around the whole text, or nothing."""
     inner = text[len(opening) : len(text) - len(closing)].strip()
-    return inner if text.startswith(opening) and text.endswith(closing) and _split(inner, _COMMA) else ""
+    whole = text.startswith(opening) and text.endswith(closing) and _split(inner, _COMMA)
+    return inner if whole else ""
 
 
 def _open_signs(text: str) -> list[str]:
@@ -472,7 +486,8 @@ def _open_signs(text: str) -> list[str]:
         return [text]
     if r"\mp" in text:
         return [text.replace(r"\pm", a).replace(r"\mp", b) for a, b in ("+-", "-+")]
-    return [first + "".join(map("".join, zip(signs, rest))) for signs in product("+-", repeat=len(rest))]
+    several = product("+-", repeat=len(rest))
+    return [first + "".join(map("".join, zip(signs, rest))) for signs in several]
 
 
 def _read(text: str, depth: int = 0) -> Answer:
@@ -481,7 +496,8 @@ def _read(text: str, depth: int = 0) -> Answer:
     members = _split(text, _LIST) if len(text) <= MAX_PARSED and depth <= MAX_DEPTH else []
     if not members or not all(members):
         return Answer("leaf", _canonical(text))
-    answers = tuple(_read_one(opened, depth) for member in members for opened in _open_signs(member))
+    answers = tuple(_read_one(opened, depth)
+                    for member in members for opened in _open_signs(member))
     return answers[0] if len(answers) == 1 else Answer("list", _canonical(text), parts=answers)
 
 
@@ -490,12 +506,13 @@ def _read_one(text: str, depth: int) -> Answer:
     while found := _LABEL.match(text):  # rule: x=y=5 is 5, x\in[0,1] is [0,1]
         label, text = label or re.sub("[ {}]", "", found[1]), text[found.end() :]
     text = _inner(text, "{", "}") or text
-    text = _APPROXIMATELY.split(text, 1)[0].strip()  # rule: the exact value before an approximate one is the answer
+    text = _APPROXIMATELY.split(text, 1)[0].strip()  # rule: the value before an approximate one
     answer = Answer("leaf", _canonical(text), label)
     if depth > MAX_DEPTH:
         return answer
     if parts := _several(text, _CUP):
-        return answer._replace(kind="union", parts=tuple(_read_one(part, depth + 1) for part in parts))
+        parts = tuple(_read_one(part, depth + 1) for part in parts)
+        return answer._replace(kind="union", parts=parts)
     if matrix := _MATRIX.fullmatch(text):
         return _read_matrix(matrix[1], answer)
     if inner := _inner(text, r"\{", r"\}"):  # rule: a set is a list
@@ -508,12 +525,13 @@ def _read_one(text: str, depth: int) -> Answer:
             if opening + closing == "()":  # rule: (5) is 5 and (A) is A
                 return _read_one(inner, depth + 1)._replace(label=label)
     if sides := _several(text, _EQUALS):
-        return answer._replace(kind="row", brackets="=", parts=tuple(_read_leaf(side) for side in sides))
+        parts = tuple(_read_leaf(side) for side in sides)
+        return answer._replace(kind="row", brackets="=", parts=parts)
     return _read_leaf(text)._replace(label=label)
 
 
 def _read_matrix(body: str, answer: Answer) -> Answer:
-    r"""Rule: matrices in any brackets are equal if their entries are; the numbers of rows and columns count."""
+    r"""Rule: matrices in any brackets are equal if their entries and their shapes are."""
     rows = [row.split("&") for row in body.split(r"\\") if row.strip()]
     if len({len(row) for row in rows}) != 1:
         return answer
@@ -537,9 +555,9 @@ def _read_leaf(text: str) -> Answer:
 
 
 def _take_unit(text: str) -> tuple[str, str | None]:
-    """The text without a trailing unit and a leading money sign, and the name of the unit; None if it is not a unit.
+    """The text without a trailing unit and a leading money sign, and the unit; None for no unit.
 
-    Rule: square inches is in^2, meters per second is m/s; words that are no unit of measurement name what is counted.
+    Rule: square inches is in^2, meters per second is m/s; other words name what is counted.
     """
     money = _MONEY.match(text)
     text = money[1] + text[money.end() :] if money else text
@@ -563,7 +581,7 @@ def _take_unit(text: str) -> tuple[str, str | None]:
     return text[: tail.start() if tail else None].strip(), noun or name
 
 
-# ---- 5. Comparison --------------------------------------------------------------------------------------------------
+# ---- 5. Comparison -------------------------------------------------------------------------------
 def _same(ours: Answer, gold: Answer) -> bool:
     """Is `ours` what `gold` says?"""
     if not gold.text or _labels_clash(ours.label, gold.label):
@@ -573,19 +591,23 @@ def _same(ours: Answer, gold: Answer) -> bool:
     if (ours.kind, ours.brackets, len(ours.parts)) != (gold.kind, gold.brackets, len(gold.parts)):
         return False
     if ours.kind == "leaf":
-        return _same_expression(ours, gold) if ours.values and gold.values else _same_words(ours.text, gold.text)
-    return all(map(_same, ours.parts, gold.parts)) if ours.kind == "row" else _same_members(ours.parts, gold.parts)
+        known = ours.values and gold.values
+        return _same_expression(ours, gold) if known else _same_words(ours.text, gold.text)
+    if ours.kind == "row":
+        return all(map(_same, ours.parts, gold.parts))
+    return _same_members(ours.parts, gold.parts)
 
 
 def _labels_clash(ours: str, gold: str) -> bool:
-    """Rule: a label may be missing on one side; y= and f(x)= go together, x= and y= do not, nor f(x)= and g(x)=."""
+    """Rule: a label may be missing on one side; y= and f(x)= go together, x= and y= do not."""
     return bool(ours and gold) and ours != gold and (ours.find("(") > 0) == (gold.find("(") > 0)
 
 
 def _same_members(ours: tuple[Answer, ...], gold: tuple[Answer, ...]) -> bool:
-    """Equal as multisets: members with the same label and text are paired first, then the others one by one."""
+    """Equal as multisets: the same label and text are paired first, the others one by one."""
     member = {(answer.label, answer.text): answer for answer in (*ours, *gold)}
-    mine, theirs = (Counter((answer.label, answer.text) for answer in answers) for answers in (ours, gold))
+    mine, theirs = (Counter((answer.label, answer.text) for answer in answers)
+                    for answers in (ours, gold))
     left = list((theirs - mine).elements())
     if len(left) > MAX_UNPAIRED:
         return False
@@ -598,7 +620,7 @@ def _same_members(ours: tuple[Answer, ...], gold: tuple[Answer, ...]) -> bool:
 
 
 def _same_words(ours: str, gold: str) -> bool:
-    """Rule: words are equal whatever their case, font and spaces; clock times also whatever their dots."""
+    """Rule: words are equal whatever their case, font, spaces, and dots of clock times."""
     ours, gold = (re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip() for text in (ours, gold))
     if not re.match("[0-9]+:[0-9]", gold) and not _WORDS.fullmatch(gold):
         return ours == gold
@@ -607,11 +629,12 @@ def _same_words(ours: str, gold: str) -> bool:
 
 
 def _same_expression(ours: Answer, gold: Answer) -> bool:
-    """Rule: the same variables, and the same value wherever it was taken; units, sums and percent as said below."""
+    """Rule: the same variables, and the same value at every point."""
     if ours.names != gold.names:
         return False
-    if ours.unit and gold.unit and ours.unit != gold.unit and ours.unit.startswith("?") == gold.unit.startswith("?"):
-        return False  # rule: a unit may be missing on one side; cm and m clash, left and right clash
+    counted = [answer.unit.startswith("?") for answer in (ours, gold)]
+    if ours.unit and gold.unit and ours.unit != gold.unit and counted[0] == counted[1]:
+        return False  # rule: a unit may be missing; cm and m clash, left and right clash
     if ours.adds and not (gold.adds or ours.names) and isinstance(ours.values[0], Fraction):
         return False  # rule: 2+3 is not an answer where 5 is asked for
     decimals = min((answer.decimals for answer in (ours, gold) if answer.decimals > 0), default=0)
@@ -619,15 +642,16 @@ def _same_expression(ours: Answer, gold: Answer) -> bool:
         return True
     if (ours.unit == "%") == (gold.unit == "%"):
         return False
-    scale = Fraction(1, 100) if ours.unit == "%" else Fraction(100)  # rule: 50\% is also 0.5, if one side has the sign
+    # rule: 50\% is also 0.5, if one side has the sign
+    scale = Fraction(1, 100) if ours.unit == "%" else Fraction(100)
     return all(_same_number(a * scale, b, decimals) for a, b in zip(ours.values, gold.values))
 
 
 def _same_number(ours: Number, gold: Number, decimals: int) -> bool:
     """Exact numbers are compared exactly, closed forms in doubles.
 
-    Rule: a decimal number stands for another value only if it agrees with it to its last decimal and has at least
-    LONG_DECIMAL of them: 0.0833333333333 is 1/12, while 0.0833, or 3.14 for pi, is a rounding.
+    Rule: a decimal number stands for another value only if it agrees with it to its last decimal
+    and has LONG_DECIMAL of them: 0.0833333333333 is 1/12, while 0.0833, or 3.14 for pi, is not.
     """
     both_exact = isinstance(ours, Fraction) and isinstance(gold, Fraction)
     if both_exact and (ours == gold or decimals < LONG_DECIMAL):
@@ -642,7 +666,7 @@ def _same_number(ours: Number, gold: Number, decimals: int) -> bool:
 
 
 def verify(response: str, gold: str) -> bool:
-    r"""True if the last box of the response holds the gold answer, which may be bare, in `$..$` or in a `\boxed`.
+    r"""True if the last box holds the gold answer, which may be bare, in `$..$` or in a `\boxed`.
 
     Raises nothing, whatever the two are; the verdict on anything but two strings is False.
     """
@@ -654,62 +678,19 @@ def verify(response: str, gold: str) -> bool:
     return _same(_read(_clean(ours)), _read(_clean(gold)))
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("response", nargs="?", help="[ours] text with a box")
-    parser.add_argument("--gold", help="[ours] its gold answer")
-    parser.add_argument("--jsonl", help="[ours] file of responses and gold answers, one JSON object a line")
-    parser.add_argument("--out", help="[ours] file for the same objects with verdicts")
-    parser.add_argument("--response-field", default="response", help="[ours] field of the response")
-    parser.add_argument("--answer-field", default="answer", help="[ours] field of the gold answer")
-    parser.add_argument("--verdict-field", default="verdict", help="[ours] field that receives true or false")
+# ---- Command line --------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 right, 1 wrong."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("response", help="text with a box")
+    parser.add_argument("--gold", required=True, help="its gold answer")
     args = parser.parse_args(argv)
-    one, many = (args.response, args.gold), (args.jsonl, args.out)
-    if {None} not in (set(one), set(many)) or None in (one if many == (None, None) else many):
-        parser.error("give a response and --gold, or --jsonl and --out")
-    return args
-
-
-def read_rows(path: str, *fields: str) -> list[dict]:
-    """Objects of a JSONL file. Raises ValueError naming file and line if one is not an object with these fields."""
-    rows = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-            texts = row if isinstance(row, dict) else {}
-            missing = [field for field in fields if not isinstance(texts.get(field), str)]
-            if missing:
-                raise ValueError(f"{path}:{number}: no text in field {missing[0]!r}")
-            rows.append(row)
-    return rows
-
-
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0 right (or file written), 1 wrong, 2 bad input."""
-    if args.jsonl is None:
-        right = verify(args.response, args.gold)
-        print(f"{'right' if right else 'wrong'}  box: {extract_boxed(args.response)}  gold: {args.gold}")
-        return 0 if right else 1
-    aside = f"{args.out}.tmp"  # renamed when complete, so that no half-written file is ever left under the name
-    try:
-        rows = read_rows(args.jsonl, args.response_field, args.answer_field)
-        verdicts = [verify(row[args.response_field], row[args.answer_field]) for row in rows]
-        with open(aside, "w", encoding="utf8") as out:
-            for row, right in zip(rows, verdicts):
-                out.write(json.dumps({**row, args.verdict_field: right}) + "\n")
-        os.replace(aside, args.out)
-    except (OSError, ValueError) as error:
-        if os.path.exists(aside):
-            os.remove(aside)
-        print(f"verifier.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{sum(verdicts)} of {len(verdicts)} right, written to {args.out}")
-    return 0
+    right = verify(args.response, args.gold)
+    box = extract_boxed(args.response)
+    print(f"{'right' if right else 'wrong'}  box: {box}  gold: {args.gold}")
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(get_args()))
+    raise SystemExit(main())

@@ -31,8 +31,8 @@ QUICK = {"hard": 48, "test": 24, "attempts": 2, "steps": 6, "batch": 8, "record"
 CONTINUATIONS = 8
 LENGTH = "--max-new-tokens 160 --decode-rows 512"
 PROBLEMS = f"{LENGTH} --instruction ''"
-METHODS = {"LatentRevise": "", "fresh sampling": "--from scratch", "hard prefix": "--from hard-prefix",
-           "random vertices": "--vertices random", "permuted gold": "--gold permuted"}
+METHODS = {"LatentRevise": "", "hard prefix": "--revision-steps 0", "random vertices": "--vertices random",
+           "permuted gold": "--gold permuted"}  # flags of revise.py
 
 
 # --- running stages --------------------------------------------------------------------------------------------------
@@ -99,11 +99,19 @@ def not_reached(records: list[dict], rollouts: list[dict]) -> list[dict]:
     return [r for r in records if not any(verify(text, r["guide_answer"]) for text in given[r["id"]])]
 
 
-def first_attempts(records: list[dict]) -> list[dict]:
+def first_attempts(folder: Path) -> list[dict]:
+    """The first record of every prompt in revised.jsonl. In a folder of rollout.py, fresh samples: one record a prompt,
+    as if its samples were the continuations of an empty prefix."""
     seen = {}
-    for r in records:
-        seen.setdefault(r["id"], r)
-    return list(seen.values())
+    if (folder / "revised.jsonl").exists():
+        for r in common.read_jsonl(folder / "revised.jsonl"):
+            seen.setdefault(r["id"], r)
+        return list(seen.values())
+    for r in common.read_jsonl(folder / "rollouts.jsonl"):
+        fresh = seen.setdefault(r["id"], r | {"losses": [], "gaps": [], "gammas": [], "vertices": [], "passes": 0,
+                                              "kept": 1.0, "prefix_ids": [], "continuations": []})
+        fresh["continuations"].append({k: r[k] for k in ("response", "finish", "reward")} | {"ids": r["response_ids"]})
+    return [r | {"recovered": any(c["reward"] for c in r["continuations"])} for r in seen.values()]
 
 
 def marked(tokenizer, before: list[int], after: list[int]) -> str:
@@ -193,15 +201,17 @@ def main(args: argparse.Namespace) -> None:
     revise = (f"revise.py {model} --rollouts {out}/rollouts --continuations {CONTINUATIONS} {LENGTH} "
               "--revise-tokens 4096")
     template = f"--template '{toy.TEMPLATE}'"
-    folders = {name: out / "revise" / name.replace(" ", "-").lower() for name in METHODS}
+    zero = f"{out}/rollouts/zero_hit.jsonl"
+    methods = ["LatentRevise", "fresh sampling", *list(METHODS)[1:]]  # in the order of the table
+    folders = {name: out / "revise" / name.replace(" ", "-").lower() for name in methods}
     commands = {name: f"{revise} {template} {flags or '--record-every ' + str(size['record'])} "
                       f"--attempts {1 if flags else size['attempts']} --out {folders[name]}"
                 for name, flags in METHODS.items()}
     run(out, commands.pop("LatentRevise"), processes=2)
-    run(out, *commands.values())
+    run(out, *commands.values(), f"rollout.py {model} --data {zero} -n {CONTINUATIONS} --seed 2 {PROBLEMS} "
+                                 f"--out {folders['fresh sampling']}")
 
     # === training: the same zero-hit prompts for every arm ===
-    zero = f"{out}/rollouts/zero_hit.jsonl"
     grpo = (f"train_grpo.py {model} --data {zero} {PROBLEMS} --batch-size {size['batch']} "
             f"--steps {size['steps']} --lr {args.lr} --train-tokens 8192")
     sft = f"train_sft.py {model} --steps {size['steps']} --batch-size 64 --lr {args.lr} --train-tokens 8192"
@@ -248,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
     # === report ===
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(ROOT / args.model if not Path(args.model).exists() else args.model)
-    records = {name: first_attempts(common.read_jsonl(folder / "revised.jsonl")) for name, folder in folders.items()}
+    records = {name: first_attempts(folder) for name, folder in folders.items()}
     rows = [recovery_row(name, r, problems, tokenizer) for name, r in records.items()]
     wrong = not_reached(records["permuted gold"], common.read_jsonl(out / "rollouts" / "rollouts.jsonl"))
     rows.append(recovery_row("permuted gold, scored on it", wrong, problems, tokenizer, "guide_reward"))

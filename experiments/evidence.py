@@ -31,17 +31,18 @@ QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "long": 3, "batch": 2
 LIKELY = "--min-logprob -0.5"
 LR = "3e-4"  # of every training run: the toy models are small
 
-# name -> flags of revise.py. The first is the paper's method at its defaults; all others differ by their flags alone
+# name -> flags of revise.py. The first is the paper's method at its defaults; all others differ by their flags alone,
+# but for fresh samples, which rollout.py draws
 RECOVERY = {
     "Controls": {
         "LatentRevise": "--attempts {attempts}",  # the tables take the first; training takes all
-        "fresh sampling": "--from scratch",
-        "fresh sampling, equal compute": "--from scratch",  # as many as the first one's tokens pay for
-        "hard prefix": "--from hard-prefix",
+        "fresh sampling": "",
+        "fresh sampling, equal compute": "",  # as many as the first one's tokens pay for
+        "hard prefix": "--revision-steps 0",
         "random vertices": "--vertices random",
         "permuted gold": "--gold permuted"},
     "Ablations of Table 3": {
-        "no Frank-Wolfe (Adam, lr 0.01)": "--optimizer adam --record-every 1",
+        "no Frank-Wolfe (Adam, lr 0.01)": "--adam 0.01 --record-every 1",
         "no L_guide": "--alpha-guide 0",
         "no L_explore": "--explore-weight 0",
         "no L_NLL": "--beta-nll 0",
@@ -56,13 +57,14 @@ RECOVERY = {
         "losses as means": "--reduction mean",
         "no special tokens as vertices": "--vertex-rows text"}}
 
-# arm -> flags of train_grpo.py, or the file that train_sft.py learns from. Table 1 and more; {template}: the world's
+# arm -> flags of train_grpo.py (OPSD: of train_opsd.py), or the file that train_sft.py learns from. Table 1 and more;
+# {template}: the world's
 HARD = {
     "RFT": "rft-samples/rollouts.jsonl",
     "GRPO N=8": "",
     "GRPO N=16": "--group-size 16",
     "DAPO": "--algo dapo",
-    "OPSD": "--algo opsd --group-size 8 --opsd-hint '{template}{{answer}}}}. Check your work.'",
+    "OPSD": "--group-size 8 --hint '{template}{{answer}}}}. Check your work.'",
     "SFT+LatentRevise": "revise/latentrevise/recovered.jsonl",
     "SFT+LatentRevise, sound only": "recovered-sound.jsonl",
     "SFT+LatentRevise, likely only": "revise/likely-only/recovered.jsonl",
@@ -91,26 +93,31 @@ def prepare(world, out: Path, bases: dict, size: dict) -> None:
 def recover(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
     """The variants of RECOVERY on the zero-hit prompts of every base model, into BASE/revise."""
     groups = [of for group, of in RECOVERY.items() if everything or "--all" not in group]
-    variants = {name: flags for of in groups for name, flags in of.items()}
-    equal = variants.pop("fresh sampling, equal compute")
+    variants = {name: flags for of in groups for name, flags in of.items() if not name.startswith("fresh")}
 
-    def command(base: Path, name: str, flags: str, continuations: int) -> str:
+    def fresh(base: Path, name: str, n: int) -> str:
+        seed, model = bases[base]
+        return (f"rollout.py --model {model} --data {base}/rollouts/zero_hit.jsonl -n {n} --seed {seed + 2000} "
+                f"{PROBLEMS} --out {base}/revise/{tables.slug(name)}")
+
+    def command(base: Path, name: str, flags: str) -> str:
         (seed, model), attempts = bases[base], "" if "--attempts" in flags else " --attempts 1"
         return (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --revise-tokens 4096 --seed {seed} "
-                f"--template '{world.TEMPLATE}' --continuations {continuations}{attempts} {flags.format(**size)} "
+                f"--template '{world.TEMPLATE}' --continuations {size['continuations']}{attempts} "
+                f"{flags.format(**size)} "
                 f"--out {base}/revise/{tables.slug(name)}")
 
     def samples(base: Path) -> int:
         """Fresh samples that the tokens of the method pay for."""
         records = tables.Records(base)
-        ours, fresh = (records.variant(name) for name in ("LatentRevise", "fresh sampling"))
-        each = sum(len(c["ids"]) for r in fresh for c in r["continuations"]) / (size["continuations"] * len(fresh))
+        ours, few = (records.variant(name) for name in ("LatentRevise", "fresh sampling"))
+        each = sum(len(c["ids"]) for r in few for c in r["continuations"]) / (size["continuations"] * len(few))
         # denominators: failed rollouts; tokens of a fresh sample
         return round(sum(map(tables.cost, ours)) / len(ours) / each)
 
-    demo.run(out, *[command(base, name, flags, size["continuations"])
-                    for base in bases for name, flags in variants.items()])
-    demo.run(out, *[command(base, "fresh sampling, equal compute", equal, samples(base)) for base in bases])
+    demo.run(out, *[command(base, name, flags) for base in bases for name, flags in variants.items()],
+             *[fresh(base, "fresh sampling", size["continuations"]) for base in bases])
+    demo.run(out, *[fresh(base, "fresh sampling, equal compute", samples(base)) for base in bases])
 
 
 def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
@@ -131,8 +138,9 @@ def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
         flags, run = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
         if not flags.endswith(".jsonl"):
             data = "data/train.jsonl" if folder == "full" else "rollouts/zero_hit.jsonl"
-            return (f"train_grpo.py {shared} {PROBLEMS} --batch-size {size['batch']} --sample-every 1 "
-                    f"--sample-groups 0 --data {base}/{data} {flags} {run}")
+            script = "-m baselines.train_opsd" if arm == "OPSD" else "train_grpo.py"
+            return (f"{script} {shared} {PROBLEMS} --batch-size {size['batch']} --samples 1 0 "
+                    f"--data {base}/{data} {flags} {run}")
         if not any(r["reward"] for r in common.read_jsonl(base / flags)):
             return ""
         return f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {run}"

@@ -2,7 +2,8 @@
 
     python -m experiments.real_model out/real --model Qwen/Qwen2.5-0.5B-Instruct
 
-Reads   OUT/ARM/revised.jsonl (revise.py) or OUT/ARM/rollouts.jsonl (baselines/hint.py), for every ARM that is there.
+Reads   OUT/ARM/revised.jsonl (revise.py) or OUT/ARM/rollouts.jsonl (rollout.py on the zero-hit prompts,
+        baselines/hint.py), for every ARM that is there; revisions as with --attempts 1, the first of every prompt.
 Prints  Markdown: prompts recovered with a 95 % Wilson interval; right continuations, and how many of them pass two
         proxies of soundness (there is no oracle for a word problem):
           arithmetic  it states at least one equation `a op b = c`, and every one of them is right
@@ -11,6 +12,7 @@ Prints  Markdown: prompts recovered with a 95 % Wilson interval; right continuat
         share of prefix tokens that the projection keeps, and how far an embedding moved, as a share of its norm.
 """
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 
 import revise
 from eval import wilson_interval
+from experiments import demo, show, tables
 from helpers import common
 from helpers.common import UserError
 
@@ -53,42 +56,23 @@ def proxies(text: str, answer: str) -> tuple[bool, bool]:
     return bool(found) and all(good for _, good in found), bool(found) and abs(found[-1][0] - gold) <= 0.01
 
 
-def moved(W: torch.Tensor, folder: Path, record: dict) -> float:
-    """Mean over positions of |E_j - W[r_j]| / |W[r_j]|."""
-    atoms, weights = revise.load_prefix(folder, record)
-    E, start = revise.soft_prefix(W, list(atoms), weights), W[torch.tensor(record["prefix_ids"])].float()
-    return float(((E - start).norm(dim=-1) / start.norm(dim=-1).clamp(min=1e-12)).mean())  # denominator: own norm
-
-
-def read_arm(folder: Path, tokenizer, W: torch.Tensor) -> dict:
+def read_arm(folder: Path, W: torch.Tensor, tokenizer) -> dict:
     """Counts of one arm. Raises UserError for a folder that holds no records."""
-    arm = {"prompts": 0, "recovered": 0, "right": [], "drawn": [], "compute": [], "kept": [], "moved": []}
-    if (folder / "revised.jsonl").exists():
-        for r in common.read_jsonl(folder / "revised.jsonl"):
-            arm["prompts"] += 1
-            arm["recovered"] += r["recovered"]
-            arm["drawn"] += [len(c["ids"]) for c in r["continuations"]]
-            # A pass reads q, r and c (not the template, which is short), and each has a backward
-            passes = 2 * r["passes"] * (len(r["prompt_ids"]) + r["prefix_len"] / 0.8)
-            arm["compute"].append(passes + sum(len(c["ids"]) for c in r["continuations"]))
-            arm["right"] += [proxies(tokenizer.decode(c["ids"]), r["answer"]) for c in r["continuations"]
-                             if c["reward"]]
-            if r["gammas"]:
-                arm["kept"].append(r["kept"])
-                arm["moved"].append(moved(W, folder, r))
-    elif (folder / "rollouts.jsonl").exists():
-        by_prompt = {}
-        for r in common.read_jsonl(folder / "rollouts.jsonl"):
-            by_prompt.setdefault(r["id"], []).append(r)
-        arm["prompts"] = len(by_prompt)
-        for rows in by_prompt.values():
-            arm["recovered"] += any(r["reward"] for r in rows)
-            arm["drawn"] += [len(r["response_ids"]) for r in rows]
-            arm["compute"].append(sum(len(r["response_ids"]) for r in rows))
-            arm["right"] += [proxies(r["response"], r["answer"]) for r in rows if r["reward"]]
-    if not arm["prompts"]:
-        raise UserError(f"{folder}: holds neither revised.jsonl nor rollouts.jsonl with records")
-    return arm
+    records = demo.first_attempts(folder)
+    if not records:
+        raise UserError(f"{folder}: holds no records")
+    rho = json.loads((folder / "run.json").read_text())["settings"].get("rho", 1.0)
+    drawn = [c for r in records for c in r["continuations"]]
+    moved = [r for r in records if r["gammas"]]
+    return {
+        "prompts": len(records), "recovered": sum(r["recovered"] for r in records),
+        "drawn": [len(c["ids"]) for c in drawn],
+        # A pass reads q, r and c; the template, which is short, is left out
+        "compute": [tables.cost(r | {"failed_tokens": len(r["prefix_ids"]) / rho}, branch=0) for r in records],
+        "right": [proxies(tokenizer.decode(c["ids"], skip_special_tokens=True), r["answer"])
+                  for r in records for c in r["continuations"] if c["reward"]],
+        "kept": [r["kept"] for r in moved],
+        "moved": [float(show.displacement(W, revise.replay(W, r), r["prefix_ids"]).mean()) for r in moved]}
 
 
 def row(name: str, arm: dict) -> str:
@@ -103,8 +87,7 @@ def row(name: str, arm: dict) -> str:
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m experiments.real_model", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__, prog="python -m experiments.real_model")
     parser.add_argument("out", help="folder with one folder an arm")
     common.add_model_args(parser)
     return parser.parse_args(argv)
@@ -113,14 +96,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     model, tokenizer, *_ = common.load_model(args, common.pick_device(args))
     W = model.get_input_embeddings().weight.detach()
-    folders = sorted(p for p in Path(args.out).glob("*") if (p / "revised.jsonl").exists() or p.name in (
-        "hint", "hint-permuted", "perturbed") and (p / "rollouts.jsonl").exists())
+    folders = sorted(p for p in Path(args.out).glob("*")
+                     if (p / "revised.jsonl").exists() or (p / "rollouts.jsonl").exists())
     if not folders:
         raise UserError(f"{args.out}: holds no arm")
     print("| arm | recovered | right | arithmetic | last step | tokens of compute | drawn | kept | moved |\n"
           + "|---" * 9 + "|")
     for folder in folders:
-        print(row(folder.name, read_arm(folder, tokenizer, W)))
+        print(row(folder.name, read_arm(folder, W, tokenizer)))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 import revise
-import rollout
 from eval import BOOTSTRAP, pass_at_k, wilson_interval
-from experiments import demo
+from experiments import demo, show
 from experiments.demo import share
-from helpers import common
+from helpers import common, sampling
 from verifier import verify
 
 ADAM = "no Frank-Wolfe (Adam, lr 0.01)"
@@ -43,11 +42,10 @@ def table(head: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines) + "\n"
 
 
-def cost(record: dict) -> int:
+def cost(record: dict, branch: int = 6) -> float:
     """Tokens that a revision and its continuations cost: a token of a forward pass counts 1, and so does one of a
     backward. The pass over what a continuation follows, prompt and prefix, is left out, as it is for fresh samples; so
-    is the scoring of --min-logprob."""
-    branch = 6  # the worlds' template, 5 tokens, and a gold answer, 1
+    is the scoring of --min-logprob. branch: of the worlds, a template of 5 tokens and a gold answer of 1."""
     trunk = len(record["prompt_ids"]) + record["failed_tokens"] + branch
     return trunk * (record["passes"] + len(record["gaps"])) + sum(len(c["ids"]) for c in record["continuations"])
 
@@ -62,10 +60,16 @@ class Records:
         self.rollouts = common.read_jsonl(base / "rollouts" / "rollouts.jsonl")
         self.failed = {(r["id"], r["sample"]): len(r["response_ids"]) for r in self.rollouts}
 
+    def folder(self, name: str) -> Path:
+        return self.base / "revise" / slug(name)
+
+    def complete(self, name: str) -> bool:
+        return any((self.folder(name) / f"{file}.jsonl").exists() for file in ("revised", "rollouts"))
+
     def variant(self, name: str) -> list[dict]:
         """The first attempt at every prompt, so that all variants had the same failed rollouts."""
         if name not in self.read:
-            records = demo.first_attempts(common.read_jsonl(self.base / "revise" / slug(name) / "revised.jsonl"))
+            records = demo.first_attempts(self.folder(name))
             for r in records:
                 r |= {"failed_tokens": self.failed[r["id"], r["sample"]], "problem": self.problems[r["id"]]}
             self.read[name] = records
@@ -119,7 +123,7 @@ def recovery(world, bases: list[Records], groups: dict[str, dict[str, str]]) -> 
     """The paper's Table 3 before training, with the controls that it lacks."""
     text = []
     for group, names in groups.items():
-        names = [n for n in names if all((b.base / "revise" / slug(n) / "revised.jsonl").exists() for b in bases)]
+        names = [n for n in names if all(b.complete(n) for b in bases)]
         if not names:
             continue
         rows = [recovery_row(world, name, [b.variant(name) for b in bases]) for name in names]
@@ -174,12 +178,12 @@ def trajectories(world, model, tokenizer, base: Records, name: str) -> list[dict
     W = model.get_input_embeddings().weight.detach()
     policy = common.Policy(model, tokenizer, len(tokenizer), common.eos_ids(model, tokenizer))
     permuted = {r["id"]: r for r in base.variant("permuted gold")}
-    folder, found = base.base / "revise" / slug(name), []
+    found = []
     for r in (r for r in base.variant(name) if r["recovered"]):
         q, projected = W[torch.tensor(r["prompt_ids"])], W[torch.tensor(r["prompt_ids"] + r["projected_ids"])]
-        soft = None if name == ADAM else torch.cat([q, revise.soft_prefix(W, *revise.load_prefix(folder, r))])
-        keys, limit = [rollout.row_key("again", r["id"], m) for m in range(AGAIN)], 160 - len(r["prefix_ids"])
-        fresh, = rollout.sample(policy, [projected], [keys], [limit])
+        soft = None if name == ADAM else torch.cat([q, revise.replay(W, r)])
+        keys, limit = [sampling.row_key("again", r["id"], m) for m in range(AGAIN)], 160 - len(r["prefix_ids"])
+        fresh, = sampling.sample(policy, [projected], [keys], [limit])
         texts = [tokenizer.decode(r["projected_ids"] + s.ids, skip_special_tokens=True) for s in fresh]
         facts = {"prompt": (str(base.base), r["id"]), "again": sum(verify(text, r["answer"]) for text in texts),
                  "leaks": any(c["guide_reward"] for c in permuted[r["id"]]["continuations"])}
@@ -232,12 +236,11 @@ def prefixes(W: torch.Tensor, tokenizer, base: Records, name: str) -> list[dict]
     token's embedding; share `kept` by each projection; `gaps`; `recovered`."""
     allowed, found = torch.arange(len(tokenizer)), []
     for r in base.variant(name):
-        own = torch.tensor(r["prefix_ids"])
-        E, start = revise.soft_prefix(W, *revise.load_prefix(base.base / "revise" / slug(name), r)), W[own]
+        own, E = torch.tensor(r["prefix_ids"]), revise.replay(W, r)
         ids = {m: revise.best_rows(E, W, allowed, m) for m in ("inner", "cosine", "l2")}
-        norms = start.norm(dim=-1)  # denominator of both distances
-        found.append({"distance": float(((E - W[ids["l2"]]).norm(dim=-1) / norms).mean()),
-                      "moved": float(((E - start).norm(dim=-1) / norms).mean()), "gaps": r["gaps"],
+        # denominator: the norm of the position's own embedding, as of the displacement
+        found.append({"distance": float(((E - W[ids["l2"]]).norm(dim=-1) / W[own].norm(dim=-1)).mean()),
+                      "moved": float(show.displacement(W, E, r["prefix_ids"]).mean()), "gaps": r["gaps"],
                       "recovered": r["recovered"],
                       "kept": {m: float((i == own).float().mean()) for m, i in ids.items()}})
     return found

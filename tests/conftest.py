@@ -1,12 +1,8 @@
 """Small random models of the real architectures, and a tokenizer smaller than their embedding."""
 import argparse
-import importlib
-import itertools
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +27,8 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+from processes import Group, run_stage
 
 import rollout
 from helpers import common, sampling
@@ -122,41 +120,6 @@ def run(script: str, *args, processes: int = 1, check: bool = True) -> subproces
     return result
 
 
-# A fork server that has imported everything once: a real process per stage, to kill or to group, in half a second.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "safetensors.torch", "transformers.models.auto.modeling_auto",
-                               "transformers.models.auto.tokenization_auto", "transformers.models.qwen2.modeling_qwen2",
-                               "transformers.models.qwen3.modeling_qwen3", "transformers.models.llama.modeling_llama",
-                               "torch.distributed.fsdp", "hypothesis", "pytest"])
-
-
-def die_at(point: int) -> None:
-    """In the child: SIGKILL at the point-th moment at which files change, appends half done, renames just before them
-    and (an odd number of moments later) just after."""
-    moments = itertools.count(1)
-
-    def maybe_die():
-        if next(moments) == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    append, replace = common.append_jsonl, os.replace
-
-    def torn_append(path, records):
-        text = "".join(map(common.to_line, records))
-        with open(path, "a") as f:
-            f.write(text[:len(text) // 2])
-        maybe_die()
-        os.truncate(path, os.path.getsize(path) - len(text) // 2)
-        append(path, records)
-
-    def torn_replace(a, b):
-        maybe_die()
-        replace(a, b)
-        maybe_die()
-
-    common.append_jsonl, os.replace = torn_append, torn_replace
-
-
 def note_draws(path: str):
     """In the child: note every draw; returns the function that writes {key: [[time, [token, distance of the uniform to
     the nearer end of the token's stretch of the CDF], ...], ...]}, a list for each time that the row was drawn."""
@@ -180,57 +143,15 @@ def note_draws(path: str):
     return lambda: Path(path).write_text(json.dumps(rows))
 
 
-def child(script: str, argv: list[str], log: str, env: dict[str, str], point: int, draws: str = "") -> None:
-    for number in (1, 2):
-        os.dup2(os.open(f"{log}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update({"HF_HUB_OFFLINE": "1"} | env)
-    torch.set_num_threads(1)
-    # A shell starts what runs in its background deaf to Ctrl-C, and that is inherited
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if point:
-        die_at(point)
-    sys.argv = [script, *argv]
-    stage = importlib.import_module(script.removesuffix(".py"))
-    write = note_draws(draws) if draws else lambda: None
-    common.run_script(stage.get_args, stage.main)
-    write()
-
-
-def launch(processes: int, target, arguments) -> list:
-    """`processes` children under way, each target(*arguments(rank, env));
-    env has what torchrun would set in its place."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    ranks = [server.Process(target=target, args=arguments(r, (group if processes > 1 else {}) | {
-        "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(processes)]
-    for p in ranks:
-        p.start()
-    return ranks
-
-
-def finish(ranks: list, seconds: float = 120) -> list[int | None]:
-    """Exit codes, None of one that has not ended. Each is waited for so long, once one has failed 20 s;
-    none is left behind."""
-    for p in ranks:
-        p.join(min(seconds, 20) if any(q.exitcode for q in ranks) else seconds)
-    codes = [p.exitcode for p in ranks]
-    for p in ranks:
-        p.kill()
-        p.join()
-    return codes
-
-
 def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool = True,
           draws: Path | None = None) -> subprocess.CompletedProcess:
     """A stage in processes of its own, quickly. kill_at: see die_at (check must then expect -SIGKILL).
     draws: prefix of the files that get every draw, for `same_draws`."""
     argv = list(map(str, args))
     with tempfile.TemporaryDirectory() as folder:
-        codes = finish(launch(processes, child, lambda r, env: (script, argv, f"{folder}/{r}", env, kill_at,
-                                                               draws and f"{draws}.draws{r}")))
-        out = Path(f"{folder}/0.1").read_text()
-        err = "".join(Path(f"{folder}/{r}.2").read_text() for r in range(processes))
+        group = Group(processes, folder, run_stage, script, argv, kill_at, str(draws or ""))
+        codes = group.finish()
+        out, err = group.said(1)[0], "".join(group.said(2))
     code = next((c for c in codes if c != 0), 0)
     expected = -signal.SIGKILL if kill_at else 0
     assert not check or code == expected, f"exit {code}\n{err}"
@@ -275,7 +196,7 @@ def common_tokens(model, prompt, key, one: list[int], other: list[int], vocab: i
 
 
 def assert_same_texts(model, prompts, keys, ones, others, **how) -> None:
-    """Samples of every prompt, as `rollout.sample` returns them, from two decodes; log-probabilities are compared up to
+    """Rows of every prompt, as `sampling.sample` returns them, from two decodes; log-probabilities are compared up to
     the first difference."""
     assert len(prompts) == len(keys) == len(ones) == len(others)
     for i, (prompt, ks, xs, ys) in enumerate(zip(prompts, keys, ones, others)):
@@ -301,7 +222,7 @@ def same_rollouts(one: Path, other: Path) -> bool:
             assert a == b
             continue
         assert a.keys() == b.keys() and all(a[k] == b[k] for k in ("prompt_ids", "answer"))
-        key = rollout.row_key(args.seed, a["id"], a["sample"])
+        key = sampling.row_key(args.seed, a["id"], a["sample"])
         common_tokens(model, a["prompt_ids"], key, a["response_ids"], b["response_ids"], vocab, args.temperature,
                       (a["id"], a["sample"]))
     return False

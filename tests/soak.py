@@ -60,7 +60,7 @@ def kill(args: argparse.Namespace, path: Path) -> bool:
             draw, kills, ends = random.Random(f"{args.seed} {name} {processes}"), 0, 0
             while kills < args.moments:
                 # a process lost before the others have met it is waited for this long (torchrun would stop them)
-                ranks = world.start(name, out, processes, LATENTREVISE_TIMEOUT="10")
+                ranks = world.start(name, out, processes, LATENTREVISE_TIMEOUT="10").ranks
                 time.sleep(draw.uniform(0, usual))
                 victims = draw.choice([ranks, [draw.choice(ranks)]])
                 alive = [p for p in victims if p.is_alive()]

@@ -2,13 +2,15 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
-from conftest import finish, launch, read, same_draws, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from conftest import read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from processes import Group, in_group
 from safetensors.torch import load_file, save_file
+from test_grpo import train
 from test_train import (
-    SELECTIVE,
     SIZES,
     assert_same_gradients,
     assert_same_metrics,
@@ -17,42 +19,27 @@ from test_train import (
     literal_logprobs,
     make_rows,
     sft_args,
-    train,
     write_rows,
 )
 from transformers import AutoModelForCausalLM
 
 import train_sft
 from experiments.benches import memory, tools
-from helpers import checkpoints, common, training
-from helpers.common import UserError
+from helpers import common, training
 
 
 # --- functions on several processes -----------------------------------------------------------------------------------
-def on_rank(function, env, log, *args):
-    with open(log, "w") as f:
-        try:
-            torch.set_num_threads(1)
-            common.os.environ.update(env)
-            common.start_group()
-            function(*args)
-        except BaseException as e:
-            import traceback
-            f.write("".join(traceback.format_exception(e)))
-            f.flush()
-            raise
-        finally:
-            common.dist.destroy_process_group()
-
-
 def on_processes(count, tmp_path, function, *args):
     """function(*args) on `count` processes in one gloo group."""
-    codes = finish(launch(count, on_rank, lambda r, env: (function, env, tmp_path / f"log.{r}", *args)))
-    assert codes == [0] * count, "\n".join(log.read_text() for log in sorted(tmp_path.glob("log.*")))
+    group = Group(count, tmp_path, in_group, function, *args)
+    assert group.finish() == [0] * count, "\n".join(group.said(2))
 
 
-def whole_weights(model):
-    return {n: training.whole(p.detach()).clone() for n, p in model.named_parameters()}
+def save_tiny(path, family):
+    model = tiny_model(family, tied=family == "qwen2")
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return model
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -69,13 +56,12 @@ def write_gradients(out, model_dir, shard):
         tokens = sum(len(r["response_ids"]) for r in rows)
         mine = rows[common.rank()::common.world_size()]
         for size, budget in BUDGETS.items():
-            for indices in training.plan(mine, budget):
+            for batch in training.equal_batches(mine, budget):
                 with common.checkpointed(model, size == 2):
-                    logp = training.response_logprobs(model, [mine[i] for i in indices], 4)[0]
-                    (-logp.sum() / tokens).backward()
+                    (-training.response_logprobs(model, batch, 4)[0].sum() / tokens).backward()
             found = {}
             for n, p in model.named_parameters():
-                found[n] = training.whole(p.grad).clone()
+                found[n] = training.full_tensor(p.grad).clone()
                 if shard == "off" and common.world_size() > 1:
                     common.dist.all_reduce(found[n])
             model.zero_grad()
@@ -86,9 +72,7 @@ def write_gradients(out, model_dir, shard):
 @pytest.mark.parametrize("family,shard,processes", [("qwen2", "off", 1), ("qwen2", "off", 2), ("qwen3", "on", 1),
                                                     ("qwen2", "on", 2), ("qwen3", "on", 3)])
 def test_gradients_do_not_depend_on_micro_batches_processes_or_sharding(tmp_path, family, shard, processes):
-    model = tiny_model(family, tied=family == "qwen2")
-    model.save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    model = save_tiny(tmp_path / "m", family)
     on_processes(processes, tmp_path, write_gradients, tmp_path, tmp_path / "m", shard)
     for count in (5, 3, 1):
         (-torch.cat([literal_logprobs(model, r)[0] for r in make_rows(SIZES)[:count]]).mean()).backward()
@@ -124,9 +108,9 @@ def test_padding_is_at_most_a_tenth_on_skewed_lengths(seed, sigma):
     rng = random.Random(seed)
     rows = [{"prompt_ids": [5] * rng.randint(60, 250),
              "response_ids": [6] * min(8192, int(rng.lognormvariate(6.4, sigma)))} for _ in range(512)]
-    lengths = [len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows]
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in training.micro_batches(rows, 16384))
-    assert sum(lengths) < padded <= 1.10 * sum(lengths)
+    batches = [[len(r["prompt_ids"]) + len(r["response_ids"]) for r in b] for b in training.micro_batches(rows, 16384)]
+    tokens = sum(map(sum, batches))
+    assert tokens < sum(len(b) * max(b) for b in batches) <= 1.10 * tokens
 
 
 # --- the copy that samples --------------------------------------------------------------------------------------------
@@ -149,7 +133,7 @@ def compare_actor(model_dir, dtype):
         seen.append(logits)
         training.response_logprobs(model, rows)[0].sum().backward()
         training.apply_gradients(model, optimizer, 1.0)
-        training.refresh(actor, model)
+        training.refresh_actor(actor, model)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     count = sum(p.numel() for p in model.parameters())  # whole; a process holds half, in float32, and of its moments
     held = [sum(t.to_local().nbytes for t in ts) for ts in (
@@ -160,8 +144,7 @@ def compare_actor(model_dir, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_the_actor_has_the_logits_of_the_sharded_model_bit_for_bit(tmp_path, family, dtype):
-    tiny_model(family, tied=family == "qwen2").save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    save_tiny(tmp_path / "m", family)
     on_processes(2, tmp_path, compare_actor, tmp_path / "m", dtype)
 
 
@@ -180,54 +163,7 @@ def test_the_memory_formula_is_what_autograd_keeps(family, tied):
                 model.config, dtype.itemsize, 600, 420, checkpointed) == pytest.approx(kept, rel=0.06)
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def sft_data(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "d.jsonl", make_rows(SIZES))
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, model_dir, sft_data):
-    """One plain process, and the flags of its run."""
-    out = tmp_path_factory.mktemp("straight") / "o"
-    flags = ["--model", model_dir, "--data", sft_data, "--device", "cpu", "--batch-size", 3, "--steps", 5,
-             "--save-every", 2, "--train-tokens", 12]
-    stage("train_sft.py", *flags, "--out", out)
-    return out, flags
-
-
-def test_sharded_sft_has_the_losses_and_weights_of_one_plain_process(tmp_path, model_dir, straight):
-    for processes in (1, 2):
-        stage("train_sft.py", *straight[1], "--shard", "on", "--out", tmp_path / str(processes), processes=processes)
-        assert_same_metrics(straight[0], tmp_path / str(processes), 1e-5)
-        assert_same_training(straight[0], tmp_path / str(processes), load_file(model_dir / "model.safetensors"))
-
-
-@pytest.mark.parametrize("flags", [["--updates", 2], ["--algo", "dapo", "--resample", 2, "--batch-size", 3],
-                                   ["--batch-size", 1, "--group-size", 2, "--checkpoint-activations"]],
-                         ids=["grpo", "dapo", "one-prompt"])
-def test_sharded_grpo_with_revise_has_the_losses_of_one_plain_process(tmp_path, model_dir, flags):
-    data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
-    flags = ["--steps", 3, "--revise", "--train-tokens", 60, *flags]
-    train(model_dir, data, tmp_path / "1", verifier, *flags, draws=tmp_path / "1")
-    train(model_dir, data, tmp_path / "2", verifier, *flags, "--shard", "on", processes=2, draws=tmp_path / "2")
-    if not same_draws(tmp_path / "1", tmp_path / "2"):  # a draw fell on the other side: other data from there on
-        return
-    assert_same_metrics(tmp_path / "1", tmp_path / "2", 1e-5)
-    assert_same_training(tmp_path / "1", tmp_path / "2", load_file(model_dir / "model.safetensors"))
-
-
-def test_sharded_opsd_has_the_losses_of_one_plain_process(tmp_path, model_dir):
-    """The teacher's head is recomputed in the student's backward."""
-    data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
-    flags = ["--steps", 3, "--algo", "opsd", "--train-tokens", 60, "--group-size", 2]
-    train(model_dir, data, tmp_path / "1", verifier, *flags, draws=tmp_path / "1")
-    train(model_dir, data, tmp_path / "2", verifier, *flags, "--shard", "on", processes=2, draws=tmp_path / "2")
-    if not same_draws(tmp_path / "1", tmp_path / "2"):  # a draw fell on the other side: other data from there on
-        return
-    assert_same_metrics(tmp_path / "1", tmp_path / "2", 1e-5)
-
-
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path, model_dir, processes):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py")
@@ -241,10 +177,10 @@ def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path,
     assert any(not torch.equal(v, v.bfloat16().float()) for v in trained.values())  # master weights are finer
 
 
-def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir, sft_data):
-    args = sft_args(model_dir, sft_data, tmp_path / "o", "--dtype", "bfloat16", "--shard", "off")
-    with pytest.raises(UserError, match="--shard off"):
-        train_sft.main(args)
+def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir):
+    data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
+    with pytest.raises(common.UserError, match="--shard off"):
+        train_sft.main(sft_args(model_dir, data, tmp_path / "o", "--dtype", "bfloat16", "--shard", "off"))
 
 
 @pytest.mark.parametrize("dtype,device,world,expected", [
@@ -257,60 +193,65 @@ def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, dev
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, model_dir):
+    """One plain process, and the flags of its run."""
+    out = tmp_path_factory.mktemp("straight")
+    flags = ["--model", model_dir, "--data", write_rows(out / "d.jsonl", make_rows(SIZES)), "--device", "cpu",
+             "--batch-size", 3, "--steps", 5, "--save-every", 2, "--train-tokens", 12]
+    stage("train_sft.py", *flags, "--out", out / "o")
+    return out / "o", flags
+
+
 @pytest.mark.parametrize("before,after", [((2, "on"), (1, "off")), ((1, "off"), (2, "on"))], ids=str)
 def test_killed_and_continued_on_other_processes_gives_the_same_losses(tmp_path, model_dir, straight, before, after):
     """Killed while step 3 is logged: the checkpoint of step 2 is there."""
     out, flags = straight
     for (processes, shard), kill_at in ((before, 7), (after, 0)):
-        if not kill_at:
-            assert (tmp_path / "o" / "checkpoint-000002").exists()
         stage("train_sft.py", *flags, "--shard", shard, "--out", tmp_path / "o", processes=processes, kill_at=kill_at)
     assert_same_metrics(out, tmp_path / "o", 1e-5)
     assert_same_training(out, tmp_path / "o", load_file(model_dir / "model.safetensors"))
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["metrics.jsonl", "model", "run.json"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        "checkpoint-000002", "checkpoint-000004", "metrics.jsonl", "model", "run.json"]
 
 
 def step_and_save(out, model_dir, shard, resume):
     """Two steps, of which the first is read from the checkpoint that another run left where resume says so."""
-    checkpoints.FILE_BYTES = 20_000
-    args = sft_args(model_dir, "d", out, "--shard", shard, "--lr", "0.01")
-    args.dtype = "float32"
-    model, tokenizer, *_ = training.load_model(args, torch.device("cpu"), train=True)
-    optimizer = training.make_optimizer(model, args)
+    training.FILE_BYTES = 20_000
+    args = sft_args(model_dir, "d", out, "--shard", shard, "--lr", "0.01", "--dtype", "float32")
+    policy = training.load_model(args, torch.device("cpu"), train=True)
+    optimizer, rows = training.make_optimizer(policy.model, args), make_rows(SIZES)
     if resume:
-        assert checkpoints.load(out, model, optimizer) == {"step": 1, "note": "x"}
+        assert training.load_checkpoint(out, policy.model, optimizer, 2) == {"step": 1, "note": "x"}
     for step in range(2 if resume else 1, 3):
-        for indices in training.plan(make_rows(SIZES)[common.rank()::common.world_size()], 30):
-            rows = make_rows(SIZES)[common.rank()::common.world_size()]
-            training.response_logprobs(model, [rows[i] for i in indices])[0].sum().backward()
-        training.apply_gradients(model, optimizer, 1.0)
+        for batch in training.equal_batches(rows[common.rank()::common.world_size()], 30):
+            training.response_logprobs(policy.model, batch)[0].sum().backward()
+        training.apply_gradients(policy.model, optimizer, 1.0)
         if not resume:
-            checkpoints.save(out, step, model, tokenizer, optimizer, {"note": "x"}, keep=2)
-    weights = whole_weights(model)
+            training.save_checkpoint(out, policy, optimizer, {"step": step, "note": "x"}, keep=2)
+    weights = training.to_rank_0(dict(policy.model.named_parameters()))
     if common.rank() == 0:
-        save_file({k: v for k, v in weights.items()}, out / f"{resume}.safetensors")
+        save_file(weights, out / f"{resume}.safetensors")
 
 
-@pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on"))], ids=str)
+@pytest.mark.parametrize("before,after", [((5, "on"), (1, "off")), ((1, "off"), (5, "on")), ((2, "on"), (3, "on"))],
+                         ids=str)
 def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
-    """Of five processes the last holds no row of the 8 of a head's norm.
-    Files are bounded, and transformers loads them."""
-    tiny_model("qwen3", tied=False).save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    """Of five processes the last holds no row of the 8 of a head's norm. Files of the model are bounded, those of the
+    optimizer are no larger than the model, and transformers loads them."""
+    save_tiny(tmp_path / "m", "qwen3")
     on_processes(before[0], tmp_path, step_and_save, tmp_path, tmp_path / "m", before[1], False)
     expected = load_file(tmp_path / "False.safetensors")
-    last, first = tmp_path / "checkpoint-000002", tmp_path / "checkpoint-000001"
+    last = tmp_path / "checkpoint-000002"
     loaded = dict(AutoModelForCausalLM.from_pretrained(last).named_parameters())
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
     assert json.loads((last / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-    for stem in ("model", "optimizer"):
-        files = list(first.glob(f"{stem}*.safetensors"))
-        biggest = max(t.nbytes for f in files for t in load_file(f).values())
-        assert (len(files) > 1
-                and max(sum(t.nbytes for t in load_file(f).values()) for f in files) <= max(20_000, biggest))
-    for path in sorted(last.iterdir()):
-        path.unlink()
-    last.rmdir()
+    sizes = {f.name: [t.nbytes for t in load_file(f).values()] for f in last.glob("*.safetensors")}
+    model = [x for name, x in sizes.items() if name.startswith("model")]
+    assert len(model) > 1 and all(sum(x) <= max(20_000, max(x)) for x in model)
+    assert sorted(sum(x) for name, x in sizes.items() if name.startswith("optimizer")) == [
+        4 * len(expected), *[sum(map(sum, model))] * 2]  # a number, and two moments, of each parameter
+    shutil.rmtree(last)
     on_processes(after[0], tmp_path, step_and_save, tmp_path, tmp_path / "m", after[1], True)
     continued, start = load_file(tmp_path / "True.safetensors"), load_file(tmp_path / "m" / "model.safetensors")
     assert max(float((expected[k] - start[k]).abs().max()) for k in expected) > 0.01  # Adam moves by about lr a step

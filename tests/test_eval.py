@@ -1,21 +1,18 @@
 """eval.py: pass@k against enumeration, intervals against their coverage, the table against the samples beside it."""
 import json
-import sys
-import types
+import shutil
 from itertools import combinations
 
-import huggingface_hub
 import numpy as np
 import pytest
-import test_stages
 from conftest import assert_same_sampling, read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
 
 import eval as evaluation
-from helpers import benchmarks, common
+from helpers import common
 
 
 @pytest.mark.parametrize("n", range(1, 9))
-def test_eq1_pass_at_k_equals_enumeration_of_all_subsets(n):
+def test_chen_eq1_pass_at_k_equals_enumeration_of_all_subsets(n):
     for c in range(n + 1):
         correct = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
@@ -24,7 +21,7 @@ def test_eq1_pass_at_k_equals_enumeration_of_all_subsets(n):
 
 
 @pytest.mark.parametrize("n,c,k", [(8, 9, 1), (8, -1, 1), (8, 2, 9), (8, 2, 0)])
-def test_eq1_pass_at_k_refuses_what_has_no_meaning(n, c, k):
+def test_chen_eq1_pass_at_k_refuses_what_has_no_meaning(n, c, k):
     with pytest.raises(ValueError, match="pass@"):
         evaluation.pass_at_k(n, c, k)
 
@@ -67,23 +64,13 @@ def test_wilson_bounds_solve_its_defining_equation():
 
 @pytest.mark.parametrize("paths,names", [
     (["out/sft/model", "out/grpo/model"], ["sft-model", "grpo-model"]), (["Qwen/Qwen3-8B-Base"], ["Qwen3-8B-Base"]),
-    (["a/math500.jsonl", "aime.v2.jsonl"], ["math500", "aime.v2"]),
+    (["a/math500.jsonl", "aime.v2.jsonl"], ["math500", "aime.v2"]), (["."], ["model"]),
     (["x/a/m", "y/a/m", "y/b/m"], ["x-a-m", "y-a-m", "y-b-m"]),
     (["../toy_model", "./other/"], ["toy_model", "other"])])
-def test_distinct_names_are_the_shortest_endings_that_differ(paths, names):
-    assert evaluation.distinct_names(paths) == names
-
-
-def test_distinct_names_of_the_folder_one_is_in(tmp_path, monkeypatch):
+def test_distinct_names_are_the_shortest_endings_that_differ(paths, names, tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    assert evaluation.distinct_names(["."]) == ["model"]
-
-
-@pytest.mark.parametrize("paths", [["m", "m"], ["m", "./m"]])
-def test_the_same_path_twice_is_refused(paths):
-    with pytest.raises(common.UserError, match="twice"):
-        evaluation.distinct_names(paths)
+    assert evaluation.distinct_names(paths) == names
 
 
 # --- the stage as a script --------------------------------------------------------------------------------------------
@@ -166,168 +153,35 @@ def test_two_processes_draw_the_same_and_print_one_table(tmp_path, finished):
     assert result.stdout == first.stdout.replace(theirs, mine)  # the two are equal but for a draw on a boundary
 
 
-def test_another_k_or_model_joins_a_folder_without_new_samples_for_what_is_there(tmp_path, finished):
-    _, flags, _ = finished
-    one = [flags[0], flags[1], *flags[3:]]
-    stage("eval.py", *one, "--out", tmp_path / "o")
-    stamp = (tmp_path / "o/qwen2/one/rollouts.jsonl").stat().st_mtime_ns
-    stage("eval.py", *flags, "--k", 1, 2, "--out", tmp_path / "o")
-    assert (tmp_path / "o/qwen2/one/rollouts.jsonl").stat().st_mtime_ns == stamp
-    results = json.loads((tmp_path / "o/results.json").read_text())
-    assert len(results) == 4 and list(results[0]["pass"]) == ["1", "2"]
-    refused = stage("eval.py", *flags, "-n", 8, "--out", tmp_path / "o", check=False)
+def test_models_sets_and_ks_join_a_folder_and_what_it_holds_needs_no_model(tmp_path, finished, monkeypatch):
+    _, first, other, _, one, two, *more = map(str, finished[1])
+    loaded, load = [], common.load_model
+    monkeypatch.setattr(common, "load_model", lambda args, device: loaded.append(args.model) or load(args, device))
+
+    def evaluate(*flags):
+        loaded.clear()
+        return evaluation.main(evaluation.get_args([*more, "--out", str(tmp_path / "o"), *flags]))
+
+    evaluate("--model", first, "--data", one)
+    before = tree(tmp_path / "o/qwen2/one")
+    evaluate("--model", first, other, "--data", one)
+    assert loaded == [other]
+    results = evaluate("--model", first, other, "--data", one, two, "--k", "1", "2")
+    assert loaded == [first, other] and len(results) == 4 and list(results[0]["pass"]) == ["1", "2"]
+    moved = shutil.copy(one, str(tmp_path / "one.jsonl"))  # the same problems from elsewhere
+    assert evaluate("--model", first, "--data", moved, "--k", "1", "2") == results[:1] and not loaded
+    assert tree(tmp_path / "o/qwen2/one") == before
+
+    refused = stage("eval.py", *finished[1], "-n", 8, "--out", tmp_path / "o", check=False)
     assert refused.returncode == 2 and "--n" in refused.stderr
-
-
-# --- the paper's test sets by name ------------------------------------------------------------------------------------
-@pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A table of two made-up sets, and their files as the hub has them: --benchmark-dir finds the JSONL one."""
-    monkeypatch.setattr(benchmarks, "TABLE", {
-        "one": ("hub/one", "test.jsonl", "question", "answer", 3),
-        "two": ("hub/two", "data/two.parquet", "problem", "final_answer", 2)})
-    rows = [{"question": f"What is {i} plus {i}, please?", "answer": 2.0 * i} for i in range(3)]
-    (tmp_path / "one.jsonl").write_text("".join(map(common.to_line, rows)))
-    return tmp_path
-
-
-def evaluate(path, model_dir, *flags):
-    return evaluation.main(evaluation.get_args(list(map(str, [
-        "--model", model_dir, "-n", 2, "--k", 1, "--max-new-tokens", 4, "--device", "cpu", "--out", path / "out",
-        *flags]))))
-
-
-def test_table_has_the_six_sets_of_the_paper_at_their_published_sizes():
-    assert {name: row[4] for name, row in benchmarks.TABLE.items()} == {
-        "math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva": 272, "olympiadbench": 674}
-
-
-def test_a_set_from_a_folder_has_stable_ids_and_text_answers(small):
-    expected = [{"id": f"one-{i + 1}", "problem": f"What is {i} plus {i}, please?", "answer": f"{2.0 * i}"}
-                for i in range(3)]
-    assert benchmarks.load("one", small) == expected
-    ours = [{"id": "x", "problem": r["problem"], "answer": r["answer"]} for r in expected]  # in our field names
-    (small / "one.jsonl").write_text("".join(map(common.to_line, ours)))
-    assert benchmarks.load("one", small) == expected
-
-
-def test_a_download_asks_the_hub_for_the_file_of_the_table(small, monkeypatch):
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
-                        lambda *a, **k: asked.append((a, k)) or str(small / "one.jsonl"))
-    assert benchmarks.load("one") == benchmarks.load("one", small)
-    assert asked == [(("hub/one", "test.jsonl"), {"repo_type": "dataset"})]
-
-
-def test_a_failed_download_names_the_flag_and_the_way_out(small):
-    with pytest.raises(common.UserError,
-                       match=r"--benchmarks one: test\.jsonl of hub/one cannot be downloaded .*--benchmark-dir"):
-        benchmarks.load("one")  # HF_HUB_OFFLINE is set: nothing is looked for
-
-
-def test_parquet_goes_through_datasets_or_says_that_it_is_missing(small, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub, file, repo_type: str(small / file))
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    with pytest.raises(common.UserError, match=r"--benchmarks two: two\.parquet .* package datasets .*--benchmark-dir"):
-        benchmarks.load("two")
-    rows = [{"problem": "a", "final_answer": ["1"]}, {"problem": "b", "final_answer": ["$2$, $3$"]}]
-    fake = types.SimpleNamespace(disable_progress_bars=lambda: None, Dataset=types.SimpleNamespace(
-        from_parquet=lambda path, columns: [{c: r[c] for c in columns} for r in rows]))
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert [p["answer"] for p in benchmarks.load("two")] == ["1", "$2$, $3$"]
-
-
-def test_a_real_parquet_file_is_read_where_datasets_is_installed(small, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="optional: only for test sets that the hub has as parquet")
-    (small / "data").mkdir()
-    datasets.Dataset.from_list([
-        {"problem": "a", "final_answer": ["1"], "image": None},
-        {"problem": "b", "final_answer": ["2"], "image": None}]).to_parquet(small / "data/two.parquet")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub, file, repo_type: str(small / file))
-    assert benchmarks.load("two") == [{"id": "two-1", "problem": "a", "answer": "1"},
-                                      {"id": "two-2", "problem": "b", "answer": "2"}]
-    (small / "data/two.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(common.UserError, match=r"two\.parquet: cannot be read"):
-        benchmarks.load("two")
-
-
-@pytest.mark.parametrize("text,message", [
-    ("", r"one\.jsonl: one has 3 problems, and this file 0"),
-    ('{"question": "a", "answer": 1}\n' * 4, r"one\.jsonl: one has 3 problems, and this file 4"),
-    ('{"question": "a", "answer": 1}\n' * 2 + '{"question": "a"}\n',
-     r"one\.jsonl: record 3: no 'question' and 'answer'"),
-    ('{"question": "a", "answer": 1}\n' * 2 + '{"question": " ", "answer": 1}\n',
-     r"one\.jsonl: record 3: no 'question'"),
-    ('{"question": "a", "answer": ["1", "2"]}\n' * 3, r"one\.jsonl: record 1: no 'question'"),
-    ('{"question": "a", "answer": true}\n' * 3, r"one\.jsonl: record 1: no 'question'")])
-def test_a_set_of_another_size_or_without_its_fields_is_refused(small, text, message):
-    (small / "one.jsonl").write_text(text)
-    with pytest.raises(common.UserError, match=message):
-        benchmarks.load("one", small)
-
-
-@pytest.mark.parametrize("flags,message", [
-    (["--benchmarks", "math"], "--benchmarks math: not among one, two"),
-    (["--benchmarks", "one,one", "--benchmark-dir", "."], "--benchmarks one: the name is taken"),
-    (["--benchmarks", "one", "--benchmark-dir", ".", "--data", "one.jsonl"], "--benchmarks one: the name is taken"),
-    (["--benchmarks", "two", "--benchmark-dir", "."], r"two\.jsonl: cannot be read"),
-    ([], "--data or --benchmarks is needed"),
-    (["--benchmarks", "one", "--benchmark-dir", ".", "--overlap", "nope.jsonl"], r"nope\.jsonl: cannot be read")])
-def test_wrong_names_are_refused_before_anything_is_written(small, model_dir, monkeypatch, flags, message):
-    monkeypatch.chdir(small)
-    if "--data" in flags:
-        write_problems(small / "one.jsonl", 3)
-    with pytest.raises(common.UserError, match=message):
-        evaluate(small, model_dir, *flags)
-    assert not (small / "out").exists()
-
-
-def test_sets_by_name_are_evaluated_like_files_and_overlap_is_counted_on_the_whole_set(small, model_dir, capsys):
-    wrapped = test_stages.WRAPPER.format("what is $2$ plus $\\,2$, please")
-    train = [{"prompt": [{"role": "user", "content": wrapped}]},
-             {"problem": "Say: what is 0 plus 0, please? As an integer."}]
-    (small / "train.jsonl").write_text("".join(map(common.to_line, train)))
-    results = evaluate(small, model_dir, "--benchmarks", "one", "--benchmark-dir", small, "--limit", 2,
-                       "--data", write_problems(small / "d.jsonl", 3), "--overlap", small / "train.jsonl")
-    assert [(r["data"], r["problems"]) for r in results] == [("d", 2), ("one", 2)]
-    assert {r["id"] for r in read(small / "out/qwen2/one/rollouts.jsonl")} == {"one-1", "one-2"}
-    assert [r["overlap"] for r in json.loads((small / "out/results.json").read_text())] == [
-        {"equal": [], "contained": []}, {"equal": ["one-3"], "contained": ["one-3"]}]
-    assert "one: of 3 problems 1 are in" in capsys.readouterr().out
-    before = (small / "out/qwen2/one/rollouts.jsonl").stat().st_mtime_ns
-    moved = small / "moved"  # the same problems from elsewhere, and without --overlap: nothing is sampled again
-    moved.mkdir()
-    (small / "one.jsonl").rename(moved / "one.jsonl")
-    again = evaluate(small, model_dir, "--benchmarks", "one", "--benchmark-dir", moved, "--limit", 2)
-    assert again[0]["pass"] == results[1]["pass"] and "overlap" not in again[0]
-    assert (small / "out/qwen2/one/rollouts.jsonl").stat().st_mtime_ns == before
-    with (moved / "one.jsonl").open("a") as f, pytest.raises(common.UserError, match="4"):
-        f.write('{"question": "more", "answer": 1}\n')
-        f.flush()
-        evaluate(small, model_dir, "--benchmarks", "one", "--benchmark-dir", moved, "--limit", 2)
-    text = (moved / "one.jsonl").read_text().splitlines()
-    (moved / "one.jsonl").write_text("\n".join([text[0], text[1].replace("2.0", "3.0"), text[2]]))
+    (tmp_path / "one.jsonl").write_text((tmp_path / "one.jsonl").read_text().replace("4+4?", "5+5?"))
     with pytest.raises(common.UserError, match="data.digest"):
-        evaluate(small, model_dir, "--benchmarks", "one", "--benchmark-dir", moved, "--limit", 2)
+        evaluate("--model", first, "--data", moved)
 
 
-@pytest.mark.parametrize("one,other,same", [
-    ("Find $x$ if  $x^2\\,=4$.", "find \\(x\\) if\n\\(x^2 = 4\\)", True),
-    (r"$\left(\dfrac12\right)$", r"$(\frac12)$", True),
-    ("Find $x+1$", "Find $x-1$", True),  # what ignoring signs costs
-    ("Find $x^2$", "Find $x^3$", False), (r"\text{cm}", r"\textbf{cm}", False), ("\u4e8c", "\u4e09", False)])
-def test_what_counts_as_the_same_problem(one, other, same):
-    assert (benchmarks.plain(one) == benchmarks.plain(other)) is same
-
-
-def test_a_problem_inside_a_longer_one_counts_when_it_is_long_enough_and_never_across_two():
-    long = "How many squares fit into the rectangle of the figure?"
-    problems = [{"id": "a", "problem": long}, {"id": "b", "problem": "Find x."},
-                {"id": "c", "problem": f"{long} And more?"}]
-    training = {benchmarks.plain(p) for p in (f"{long} Answer as an integer.", "Find x. And y.", "And more?")}
-    assert benchmarks.overlap(problems, training) == {"equal": [], "contained": ["a"]}
-    assert benchmarks.overlap(problems, training | {benchmarks.plain("Find x.")}) == {
-        "equal": ["b"], "contained": ["a", "b"]}
+def test_more_ks_than_samples_are_refused_before_anything_is_written(tmp_path, finished):
+    refused = stage("eval.py", *finished[1], "--k", 1, 5, "--out", tmp_path / "o", check=False)
+    assert refused.returncode == 2 and "--k 5" in refused.stderr and not (tmp_path / "o").exists()
 
 
 def test_the_papers_average_is_over_its_four_sets():
@@ -335,6 +189,6 @@ def test_the_papers_average_is_over_its_four_sets():
     results = [{"model": "m", "data": d, "pass": {"1": i / 10}, "interval": {"1": (0, 1)}} for i, d in enumerate(names)]
     header, _, row = evaluation.table(results, [1]).splitlines()
     assert header.endswith("| olympiadbench @1 | paper's avg @1 |") and row.endswith("| 22.50 |")  # (0 + 2 + 3 + 4) / 4
-    four = [r for r in results if r["data"] in benchmarks.PAPER_AVERAGE]
+    four = [r for r in results if r["data"] in evaluation.PAPER_AVERAGE]
     header, _, row = evaluation.table(four, [1]).splitlines()
     assert header.endswith("| aime25 @1 | avg @1 |") and row.endswith("| 22.50 |")

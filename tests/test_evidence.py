@@ -37,10 +37,10 @@ def record(name: str, texts: list[str], right: list[int], curve: dict | None = N
              for t, x in zip(texts, right)]
     return {"id": name, "sample": 0, "answer": gold, "prefix_len": 1, "recovered": any(right),
             "losses": [[-1.0, 5.0 - k / 10, 1.0] for k in range(losses)],
-            "gaps": [float(10 + k) for k in range(losses)], "gammas": [0.1] * losses, "passes": losses, "kept": 1.0,
+            "gaps": [float(10 + k) for k in range(losses)], "gammas": [0.25] * losses, "passes": losses, "kept": 1.0,
             "prompt_ids": ids(toy.render(TOKENIZER, problem)), "prefix_ids": ids(texts[0])[:1],
             "projected_ids": ids(texts[0])[:1], "continuations": conts, "curve": curve or {},
-            "atoms": [ids(texts[0])[:1], [7]], "weights": [0.75, 0.25]}
+            "vertices": [[7]] + [[revise.STAYS]] * (losses - 1)}
 
 
 def write(path, rows: list[dict]) -> None:
@@ -78,9 +78,13 @@ def base(tmp_path):
                 losses = [[-1.0, 5.0 - 0.7 * k, 1.0] for k in range(10)]
                 rows = [r | {"curve": curve(r, 10), "losses": losses} for r in records]
             place = folder / "revise" / tables.slug(name)
-            place.mkdir(parents=True)
-            write(place / "revised.jsonl", [*revise.shelve_prefixes(iter(rows), place)])
-            write(folder / "revise" / tables.slug(name) / "recovered.jsonl", [
+            if name.startswith("fresh"):  # of rollout.py
+                write(place / "rollouts.jsonl", [
+                    r | c | {"sample": m, "response_ids": c["ids"]} for r in rows
+                    for m, c in enumerate(r["continuations"])])
+                continue
+            write(place / "revised.jsonl", rows)
+            write(place / "recovered.jsonl", [
                 {"id": r["id"], "response": c["response"], "reward": 1}
                 for r in rows for c in r["continuations"] if c["reward"]])
     return folder
@@ -209,13 +213,13 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     for command in commands:
         script, *argv = shlex.split(command.removeprefix("-m "))
         parsed.append((script, importlib.import_module(script.removesuffix(".py")).get_args(argv)))
-    hints = {a.opsd_hint for s, a in parsed if s == "train_grpo.py" and a.algo == "opsd"}
+    hints = {a.hint for s, a in parsed if s == "baselines.train_opsd"}
     assert {h.replace("{answer}", "72") for h in hints} == {" So the answer is \\boxed{72}. Check your work."}
     assert TOKENIZER.unk_token_id not in ids(hints.pop().replace("{answer}", "72"))
-    equal = [a for s, a in parsed if s == "revise.py" and a.out.endswith("equal-compute")]
+    equal = [a for s, a in parsed if s == "rollout.py" and a.out.endswith("equal-compute")]
     ours = tables.Records(base).variant("LatentRevise")
     fresh = sum(len(c["ids"]) for r in ours for c in r["continuations"]) / 32  # fresh sampling wrote the same ones
-    assert equal[0].continuations == round(sum(map(tables.cost, ours)) / 4 / fresh)
+    assert equal[0].n == round(sum(map(tables.cost, ours)) / 4 / fresh)
     sound = [json.loads(line)["response"] for line in (base / "recovered-sound.jsonl").read_text().splitlines()]
     assert sound == [SOUND["hard-0"]]
 

@@ -1,65 +1,50 @@
-"""train_grpo.py's other algorithms and what a training run reports, against hand computations."""
+"""train_grpo.py against hand computations and plain loops: the objective, dynamic sampling, rescue, what a run reports,
+for any micro-batch, process count and restart."""
+import copy
+import json
 import math
-import re
+import statistics
 import sys
 import types
 
 import pytest
 import torch
-from conftest import (
-    TOKENS,
-    read,
-    same_draws,
-    stage,
-    tiny_model,
-    tiny_tokenizer,
-    without_seconds,
-    write_problems,
-    write_verifier,
-)
+from conftest import read, stage, tiny_model, tiny_tokenizer, without_seconds, write_problems, write_verifier
 from safetensors.torch import load_file
+from test_train import (
+    SELECTIVE,
+    SIZES,
+    assert_same_files,
+    assert_same_gradients,
+    assert_same_runs,
+    gradients,
+    literal_logprobs,
+    make_rows,
+    sft_args,
+    weights_of,
+    write_rows,
+)
 
-import eval as evaluation
-import rollout
 import train_grpo
 import train_sft
 from helpers import common, training
 
-# Some groups are zero-hit. The last character decides, which a continuation has whatever its prefix is projected to.
-SELECTIVE = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 3 == 1\n"
 NEVER = "def verify(response, gold):\n    return False\n"
-
-
-def make_rows(sizes, seed=0):
-    """Rows whose teacher prompt is longer than their prompt;
-    the padding id, which is also EOS, is in some responses."""
-    g = torch.Generator().manual_seed(seed)
-    ids = lambda n: torch.randint(2, TOKENS, (n,), generator=g).tolist()
-    rows = [{"prompt_ids": ids(q), "teacher_ids": ids(q + 3), "response_ids": ids(n), "advantage": 0.0}
-            for q, n in sizes]
-    for row in rows[::2]:
-        row["response_ids"][len(row["response_ids"]) // 2] = 1
-    return rows
-
-
-SIZES = [(3, 6), (9, 1), (1, 11), (5, 5), (2, 7)]
 
 
 def grpo_args(*extra):
     return train_grpo.get_args(["--model", "m", "--data", "d", "--out", "o", *map(str, extra)])
 
 
-def gradients(model):
-    found = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    return found
+def train(model_dir, data, out, verifier, *extra, **how):
+    return stage("train_grpo.py", "--model", model_dir, "--data", data, "--out", out, "--verifier", verifier,
+                 "--device", "cpu", "--max-new-tokens", 12, "--group-size", 4, "--batch-size", 4, *extra, **how)
 
 
-def assert_same_gradients(ours, expected):
-    scale = max(float(g.abs().max()) for g in expected.values())
-    assert scale > 0
-    for name in expected:
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+@pytest.fixture
+def world(tmp_path):
+    """Problems and a verifier with which some groups are zero-hit."""
+    return write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py", SELECTIVE)
 
 
 def test_table7_is_what_the_trainers_do_by_default():
@@ -68,186 +53,83 @@ def test_table7_is_what_the_trainers_do_by_default():
     assert (args.grad_clip, args.max_new_tokens, args.temperature, args.updates) == (1.0, 8192, 1.0, 1)
     assert (args.revision_steps, args.rho, args.gamma0, args.alpha_guide, args.beta_nll) == (10, 0.8, 0.1, 1.0, 0.1)
     assert (args.eps_stop, args.revise, args.injected_ratio) == (1e-3, False, "current")
-    dapo, opsd = grpo_args("--algo", "dapo"), grpo_args("--algo", "opsd")
-    assert (dapo.group_size, dapo.kl_coef, dapo.clip_low, dapo.clip_high) == (8, 0.0, 0.2, 0.28)  # DAPO Eq. (10)
-    assert (opsd.group_size, opsd.kl_coef, opsd.opsd_beta, opsd.opsd_clip) == (1, 0.0, 0.5, 0.0)  # OPSD v1, Sec. 4.1
+    dapo = grpo_args("--algo", "dapo")
+    assert (dapo.group_size, dapo.kl_coef, dapo.clip_low, dapo.clip_high) == (8, 0.0, 0.2, 0.28)  # DAPO's Eq. (10)
+    assert grpo_args("--algo", "dapo", "--kl-coef", 0.1).kl_coef == 0.1
 
 
-# --- OPSD: the divergence ---------------------------------------------------------------------------------------------
-def literal_terms(p, q, beta):
-    """Contribution of every vocabulary entry to JSD_beta(p || q), plain numbers; the limits at beta 0 and 1."""
-    if beta == 0:
-        return [a * math.log(a / b) for a, b in zip(p, q)]
-    if beta == 1:
-        return [b * math.log(b / a) for a, b in zip(p, q)]
-    m = [beta * a + (1 - beta) * b for a, b in zip(p, q)]
-    return [beta * a * math.log(a / c) + (1 - beta) * b * math.log(b / c) for a, b, c in zip(p, q, m)]
+def test_the_flags_of_the_revision_are_taken_and_others_are_not(capsys):
+    args = grpo_args("--revise", "--min-logprob", "-0.5", "--template", "So: ", "--rho", 0.5, "--steps", 3)
+    assert (args.min_logprob, args.template, args.rho, args.steps) == (-0.5, "So: ", 0.5, 3)
+    with pytest.raises(SystemExit) as e:
+        grpo_args("--rhoo", 0.5)
+    assert e.value.code == 2 and "unrecognized arguments: --rhoo 0.5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("beta", [0, 0.2, 0.5, 0.9, 1])
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_gkd_divergence_equals_a_hand_computation(beta, clip):
-    teacher = [[0.7, 0.2, 0.1], [0.25, 0.25, 0.5], [1e-6, 0.5, 0.499999]]
-    student = [[0.1, 0.3, 0.6], [0.25, 0.25, 0.5], [0.9, 0.05, 0.05]]
-    ours, entropy = training.head_divergence(torch.nn.Identity(), torch.tensor(student).log(), torch.nn.Identity(),
-                                             torch.tensor(teacher).log(), beta, clip)
-    expected = [sum(min(t, clip or math.inf) for t in literal_terms(p, q, beta)) for p, q in zip(teacher, student)]
-    assert ours.tolist() == pytest.approx(expected, abs=1e-6)
-    assert ours[1] == pytest.approx(0, abs=1e-6) and (clip or ours.min() >= -1e-7)
-    assert entropy.tolist() == pytest.approx([-sum(x * math.log(x) for x in q) for q in student], abs=1e-6)
+# --- Sec. 3.1: the objective of GRPO ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("rewards", [[1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0], [0.5, -1, 0, 1], [1, 0]])
+def test_sec31_advantages_equal_a_hand_computation(rewards):
+    mean, std = statistics.mean(rewards), statistics.stdev(rewards)
+    assert train_grpo.advantages(rewards) == pytest.approx([(r - mean) / (std + 1e-6) for r in rewards], abs=1e-9)
 
 
-def test_gkd_divergence_at_one_half_is_symmetric_and_at_most_log_2():
-    g = torch.Generator().manual_seed(0)
-    x, y = 20 * torch.randn(2, 50, 40, generator=g)  # nearly one-hot: the probabilities of most entries underflow
-    same = torch.nn.Identity()
-    a, b = (training.head_divergence(same, q, same, p, 0.5, 0.0)[0] for p, q in ((x, y), (y, x)))
-    torch.testing.assert_close(a, b)
-    assert 0 < a.min() and a.max() <= math.log(2) + 1e-6 and a.max() > 0.6
+@pytest.mark.parametrize("rewards", [[0] * 8, [1] * 8, [0.1] * 3, [1], [0]])
+def test_sec31_groups_without_a_difference_have_no_advantage(rewards):
+    assert train_grpo.advantages(rewards) == [0.0] * len(rewards)
 
 
-def kl(a, b):
-    return (a * (a / b).log()).sum()
+def literal_policy_loss(logp, old, ref, advantage, low, high, kl_coef):
+    losses, kls, clipped = [], [], []
+    for p, o, r, a in zip(logp.tolist(), old.tolist(), ref.tolist(), advantage.tolist()):
+        ratio = math.exp(p - o)
+        inside = max(1 - low, min(1 + high, ratio))
+        kl = math.exp(r - p) - (r - p) - 1
+        losses.append(-min(ratio * a, inside * a) + kl_coef * kl)
+        kls.append(kl)
+        # the clip binds where the ratio has left the interval in the direction that the advantage rewards
+        clipped.append((a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low))
+    return losses, kls, clipped
 
 
-def literal_divergence(model, teacher, row, beta):
-    """The divergence at every response token, a forward each, full logits,
-    as a differentiable sum of the definition."""
-    found = []
-    for t in range(len(row["response_ids"])):
-        seen = row["response_ids"][:t]
-        q = model(input_ids=torch.tensor([row["prompt_ids"] + seen]), use_cache=False).logits[0, -1].softmax(-1)
-        with torch.no_grad():
-            p = teacher(input_ids=torch.tensor([row["teacher_ids"] + seen]), use_cache=False).logits[0, -1].softmax(-1)
-        m = beta * p + (1 - beta) * q
-        found.append(kl(p, q) if beta == 0 else kl(q, p) if beta == 1 else beta * kl(p, m) + (1 - beta) * kl(q, m))
-    return torch.stack(found)
+@pytest.mark.parametrize("low,high", [(0.2, 0.2), (0.2, 0.28)], ids=["ppo", "dapo"])
+def test_dapo_eq8_policy_loss_equals_a_loop_over_tokens(low, high):
+    ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.0])
+    logp = torch.linspace(-3, -0.1, 9).repeat(3)
+    old = logp - ratios.log().repeat(3)
+    advantage = torch.tensor([1.5, -0.7, 0.0]).repeat_interleave(9)
+    ref = logp + torch.linspace(-1, 1, 27)
+    loss, kl, clipped = train_grpo.policy_loss(logp, old, ref, advantage, low, high, 0.05)
+    expected = literal_policy_loss(logp, old, ref, advantage, low, high, 0.05)
+    torch.testing.assert_close(loss, torch.tensor(expected[0]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kl, torch.tensor(expected[1]), rtol=1e-5, atol=1e-5)
+    assert clipped.tolist() == expected[2]
+    assert 0 < sum(expected[2]) < 27
 
 
-@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False)])
-@pytest.mark.parametrize("beta", [0, 0.5, 1])
-@pytest.mark.parametrize("head_rows", [1, 4, 1024])
-def test_opsd_divergence_and_gradient_equal_a_token_by_token_loop(family, tied, beta, head_rows):
-    model, teacher, rows = tiny_model(family, tied), tiny_model(family, tied, seed=5), make_rows(SIZES)
-    sizes = []
-    for m in (model, teacher):
-        m.get_output_embeddings().register_forward_hook(
-            lambda _, inputs, out: sizes.append(inputs[0].shape[:-1].numel()))
-    weights = torch.linspace(-1, 2, sum(n for _, n in SIZES))
-    divergence, _ = training.response_divergence(model, teacher, rows, beta, 0.0, head_rows)
-    (weights * divergence).sum().backward()
-    assert max(sizes) <= min(head_rows, sum(n for _, n in SIZES))  # rows of logits at a time, in the backward too
-    assert len(sizes) == 2 * 2 * math.ceil(30 / head_rows)  # forward and recomputed, student and teacher
-    assert all(p.grad is None for p in teacher.parameters())
-    ours = gradients(model)
-    expected = torch.cat([literal_divergence(model, teacher, r, beta) for r in rows])
-    (weights * expected).sum().backward()
-    torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-5)
-    assert_same_gradients(ours, gradients(model))
-
-
-@pytest.mark.parametrize("budget", ["1", "40", "10000"])
-def test_opsd_update_is_the_mean_over_generated_tokens_of_the_step(monkeypatch, budget):
-    args = grpo_args("--algo", "opsd", "--train-tokens", budget)
-    model, teacher, rows = tiny_model("qwen2"), tiny_model("qwen2", seed=5), make_rows(SIZES)
-    loss = torch.cat([literal_divergence(model, teacher, r, 0.5) for r in rows]).mean()
-    loss.backward()
-    expected, seen = gradients(model), []
-    monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
-    stats = train_grpo.update(model, teacher, None, rows, args)
-    assert_same_gradients(seen[0], expected)
-    assert stats["loss"] == pytest.approx(float(loss.detach()), rel=1e-5) and stats["tokens"] == 30
-    assert "kl" not in stats and "clipped" not in stats  # it has neither
-
-
-# --- OPSD: the teacher's prompt ---------------------------------------------------------------------------------------
-def with_teacher(problems, hint="The answer is {answer}.", model=None, *extra):
-    args = grpo_args("--algo", "opsd", "--opsd-hint", hint, *extra)
-    model, tokenizer = model or tiny_model("qwen2"), tiny_tokenizer()
-    policy = common.Policy(model, tokenizer, 0, [], model.config.max_position_embeddings)
-    rollout.add_prompts(policy, problems, args)
-    train_grpo.add_teacher_prompts(policy, problems, args)
-    return problems, tokenizer
-
-
-def test_opsd_teacher_reads_the_problem_and_then_the_gold_answer_through_the_same_template():
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3+4?"}]
-    problems, tokenizer = with_teacher([{"id": "a", "problem": "1+1?", "answer": r"\frac{4}{2}"},
-                                        {"id": "b", "problem": messages, "answer": "7"}])
-    text = [(tokenizer.decode(p["prompt_ids"]), tokenizer.decode(p["teacher_ids"])) for p in problems]
-    end = f"\n{rollout.INSTRUCTION}[assistant]"
-    assert text[0] == (f"[user]1+1?{end}", rf"[user]1+1?{chr(10)}The answer is \frac{{4}}{{2}}.{end}")
-    assert text[1] == ("[system]Be brief.[user]3+4?[assistant]",
-                       "[system]Be brief.[user]3+4?\nThe answer is 7.[assistant]")
-    assert messages[1]["content"] == "3+4?"  # the student's prompt is left alone
-
-
-def test_opsd_response_leaves_room_for_the_teachers_longer_prompt():
-    model = tiny_model("qwen2")
-    model.config.max_position_embeddings = 120
-    problems, _ = with_teacher([{"id": "a", "problem": "1+1?", "answer": "2"}], "{answer}", model)
-    p = problems[0]
-    assert p["limit"] == 120 - len(p["teacher_ids"]) < 120 - len(p["prompt_ids"])
-    with pytest.raises(common.UserError, match="--opsd-hint: with it problem 'a' is .* tokens long"):
-        with_teacher([{"id": "a", "problem": "1+1?", "answer": "2"}], "x" * 60 + "{answer}", model)
-
-
-@pytest.mark.parametrize("flags,message", [
-    (["--opsd-hint", "no"], "--opsd-hint 'no' has no {answer}"),
-    (["--kl-coef", "0.1"], "--kl-coef does not go with --algo opsd"),
-    (["--revise"], "--revise does not go with --algo opsd"), (["--opsd-beta", "1.5"], "--opsd-beta 1.5"),
-    (["--opsd-beta", "nan"], "--opsd-beta nan"), (["--opsd-clip", "-1"], "--opsd-clip -1"),
-    (["--luffy-gamma", "0"], "--luffy-gamma 0"), (["--eval-every", "0"], "--eval-every 0"),
-    (["--eval-n", "0"], "--eval-n 0"), (["--sample-every", "-1"], "--sample-every -1"),
-    (["--warn-after", "-1"], "--warn-after -1")])
-def test_flags_that_make_no_sense_are_named(flags, message):
-    with pytest.raises(common.UserError, match=re.escape(message)):
-        train_grpo.check_args(grpo_args("--algo", "opsd", *flags))
-
-
-# --- injected trajectories: LUFFY -------------------------------------------------------------------------------------
-def test_luffy_shaping_of_injected_tokens_equals_a_hand_computation():
-    p, old = torch.tensor([0.9, 0.1, 0.01, 0.5, 0.5]), torch.tensor([0.1, 0.9, 0.5, 0.25, 0.5])
-    logp = p.log().requires_grad_()
-    advantage = torch.tensor([1.5, 1.5, -2.0, 1.0, -0.5])
-    shaped = torch.tensor([True, True, True, False, False])
-    loss, _, clipped = train_grpo.policy_loss(logp, old.log(), None, advantage, 0.2, 0.2, 0.0, shaped, 0.1)
-    # f(p) A with f(x) = x / (x + 0.1), whatever the old probability; others as ever: ratio 2 clipped at 1.2, ratio 1
-    expected = [-1.5 * 0.9 / 1.0, -1.5 * 0.1 / 0.2, 2.0 * 0.01 / 0.11, -1.2, 0.5]
-    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
-    assert clipped.tolist() == [False, False, False, True, False]
+def test_dapo_eq8_no_gradient_flows_where_the_clip_binds():
+    logp = torch.zeros(4, requires_grad=True)
+    old = -torch.tensor([1.5, 1.5, 0.5, 0.5]).log()  # ratios 1.5 and 0.5
+    loss, _, clipped = train_grpo.policy_loss(logp, old, None, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2, 0.2, 0.0)
     loss.sum().backward()
-    # d/dlogp of -A p / (p + g) is -A g p / (p + g)^2: largest at p = g, so unlikely tokens are not drowned out
-    expected = [-1.5 * 0.1 * 0.9 / 1.0**2, -1.5 * 0.1 * 0.1 / 0.2**2, 2.0 * 0.1 * 0.01 / 0.11**2, 0.0, 0.5]
-    assert logp.grad.tolist() == pytest.approx(expected, rel=1e-5)
+    assert clipped.tolist() == [True, False, False, True]
+    torch.testing.assert_close(logp.grad, torch.tensor([0.0, 1.5, -0.5, 0.0]))  # -ratio * A elsewhere
 
 
-@pytest.mark.parametrize("ratio", ["current", "luffy"])
-@pytest.mark.parametrize("updates", [1, 2])
-def test_injected_ratio_in_the_update_equals_the_formula_differentiated(monkeypatch, ratio, updates):
-    args = grpo_args("--injected-ratio", ratio, "--kl-coef", 0, "--train-tokens", 30, "--luffy-gamma", 0.3,
-                     "--updates", updates)
-    model, rows = tiny_model("qwen2"), make_rows(SIZES)
-    for r, a in zip(rows, (1.5, -0.5, -0.5, -0.5, 1.0)):
-        r["advantage"] = a
-    rows[0]["injected"] = rows[4]["injected"] = True
-    terms = []
-    for r in rows:
-        for t, token in enumerate(r["response_ids"]):
-            ids = torch.tensor([r["prompt_ids"] + r["response_ids"][:t]])
-            p = model(input_ids=ids, use_cache=False).logits[0, -1].softmax(-1)[token]
-            off = ratio == "luffy" and r.get("injected")
-            terms.append(-r["advantage"] * (p / (p + 0.3) if off else p / p.detach()))  # on policy the ratio is 1
-    torch.stack(terms).mean().backward()
-    expected, seen = gradients(model), []
-    monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
-    train_grpo.update(model, None, None, rows, args)
-    assert len(seen) == updates  # the weights stay, so that every update is the first one
-    for found in seen:
-        assert_same_gradients(found, expected)
+def test_k3_estimates_the_kl_without_bias_and_is_never_negative():
+    g = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 50, generator=g).log_softmax(-1)
+    _, kl, _ = train_grpo.policy_loss(p, p, q, torch.zeros(50), 0.2, 0.2, 1.0)
+    assert kl.min() >= 0
+    expected = (p.exp() * (p - q)).sum()  # KL(p || q); the mean over x ~ p of k3 is a sum over all 50 outcomes
+    torch.testing.assert_close((p.exp() * kl).sum(), expected, rtol=1e-5, atol=1e-6)
 
 
-# --- leftovers --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("length,expected", [(1, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1)])
+def test_dapo_eq13_overlong_penalty(length, expected):
+    assert train_grpo.overlong_penalty(length, limit=100, buffer=20) == pytest.approx(expected)
+    assert train_grpo.overlong_penalty(length, limit=100, buffer=0) == 0
+
+
 def test_k3_and_ratio_are_finite_for_differences_beyond_exp():
     logp = torch.tensor([-200.0, -0.1, -200.0, -0.1], requires_grad=True)
     other = torch.tensor([-0.1, -200.0, -0.1, -200.0])
@@ -264,36 +146,285 @@ def test_entropy_is_computed_in_the_passes_that_are_trained_alone(monkeypatch):
     monkeypatch.setattr(training, "head_logprobs", lambda *a: asked.append((a[3], torch.is_grad_enabled())) or head(*a))
     args = grpo_args("--updates", 2, "--train-tokens", 30)
     monkeypatch.setattr(training, "apply_gradients", lambda *_: 0.0)
-    train_grpo.update(tiny_model("qwen2"), tiny_model("qwen2", seed=5), None, make_rows(SIZES), args)
+    rows = [r | {"advantage": 0.0} for r in make_rows(SIZES)]
+    train_grpo.update(tiny_model("qwen2"), tiny_model("qwen2", seed=5), None, rows, args)
     assert {grad for entropy, grad in asked if entropy} == {True}
     assert {grad for entropy, grad in asked if not entropy} == {False}  # old policy and reference
 
 
-def test_sec36_groups_with_a_hit_are_never_revised(monkeypatch):
-    def revise_batch(*_):
-        raise AssertionError("revised")
+def two_groups():
+    rows = make_rows([(4, 5), (4, 8), (4, 2), (7, 3), (7, 6), (7, 6)])
+    rewards = [1, 0, 0, 0, 1, 1]
+    advantage = train_grpo.advantages(rewards[:3]) + train_grpo.advantages(rewards[3:])
+    return [r | {"advantage": a} for r, a in zip(rows, advantage)]
+
+
+def literal_grpo_loss(model, reference, old, rows, args):
+    """The formula of Sec. 3.1, token by token, mean over all response tokens; old: log-probabilities of each row."""
+    terms = []
+    for r, o in zip(rows, old):
+        logp = literal_logprobs(model, r)[0]
+        ref = literal_logprobs(reference, r)[0].detach()
+        for p, o_t, q in zip(logp, o, ref):
+            ratio = (p - o_t).exp()
+            inside = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+            kl = (q - p).exp() - (q - p) - 1
+            terms.append(-torch.minimum(ratio * r["advantage"], inside * r["advantage"]) + args.kl_coef * kl)
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("budget", [1, 30, 10000])
+def test_sec31_grpo_gradient_equals_the_formula_differentiated(monkeypatch, budget):
+    args, rows = grpo_args("--kl-coef", 0.3, "--train-tokens", budget), two_groups()
+    model, reference = tiny_model("qwen2"), tiny_model("qwen2", seed=5)
+    loss = literal_grpo_loss(model, reference, [literal_logprobs(model, r)[0].detach() for r in rows], rows, args)
+    loss.backward()
+    expected, seen = gradients(model), []
+    monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
+    stats = train_grpo.update(model, reference, None, rows, args)
+    assert_same_gradients(seen[0], expected)
+    assert stats["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert stats["tokens"] == 30 and stats["clipped"] == 0
+    entropy = torch.cat([literal_logprobs(model, r)[1] for r in rows]).mean()
+    assert stats["entropy"] == pytest.approx(float(entropy), rel=1e-5)
+
+
+def test_sec31_two_updates_equal_a_literal_ppo_loop():
+    args = grpo_args("--kl-coef", 0.01, "--updates", 2, "--lr", 0.003, "--train-tokens", 30)
+    rows = two_groups()
+    model, reference = tiny_model("qwen2"), tiny_model("qwen2", seed=5)
+    literal = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(literal.parameters(), lr=0.003, weight_decay=0.01)
+    old = [literal_logprobs(literal, r)[0].detach() for r in rows]
+    for _ in range(2):
+        ratios = torch.cat([literal_logprobs(literal, r)[0].detach() - o for r, o in zip(rows, old)]).exp()
+        loss = literal_grpo_loss(literal, reference, old, rows, args)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(literal.parameters(), 1.0)
+        optimizer.step()
+    assert (ratios - 1).abs().max() > 0.2  # the second pass is off-policy, and clips
+    stats = train_grpo.update(model, reference, training.make_optimizer(model, args), rows, args)
+    assert stats["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert stats["clipped"] > 0
+    for (name, ours), expected in zip(model.named_parameters(), literal.parameters()):
+        # Adam divides by the gradient's size: where it is all but 0 the rounding decides, hence no tighter bound
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4, msg=name)
+        assert (ours - expected).abs().mean() < 1e-6
+
+
+# --- injected trajectories: LUFFY -------------------------------------------------------------------------------------
+def test_luffy_shaping_of_injected_tokens_equals_a_hand_computation():
+    p, old = torch.tensor([0.9, 0.1, 0.01, 0.5, 0.5]), torch.tensor([0.1, 0.9, 0.5, 0.25, 0.5])
+    logp = p.log().requires_grad_()
+    advantage = torch.tensor([1.5, 1.5, -2.0, 1.0, -0.5])
+    shaped = torch.tensor([True, True, True, False, False])
+    loss, _, clipped = train_grpo.policy_loss(logp, old.log(), None, advantage, 0.2, 0.2, 0.0, shaped)
+    # f(p) A with f(x) = x / (x + 0.1), whatever the old probability; others as ever: ratio 2 clipped at 1.2, ratio 1
+    expected = [-1.5 * 0.9 / 1.0, -1.5 * 0.1 / 0.2, 2.0 * 0.01 / 0.11, -1.2, 0.5]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+    assert clipped.tolist() == [False, False, False, True, False]
+    loss.sum().backward()
+    # d/dlogp of -A p / (p + g) is -A g p / (p + g)^2: largest at p = g, so unlikely tokens are not drowned out
+    expected = [-1.5 * 0.1 * 0.9 / 1.0**2, -1.5 * 0.1 * 0.1 / 0.2**2, 2.0 * 0.1 * 0.01 / 0.11**2, 0.0, 0.5]
+    assert logp.grad.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", ["current", "luffy"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_injected_ratio_in_the_update_equals_the_formula_differentiated(monkeypatch, ratio, updates):
+    args = grpo_args("--injected-ratio", ratio, "--kl-coef", 0, "--train-tokens", 30, "--updates", updates)
+    model, terms = tiny_model("qwen2"), []
+    rows = [r | {"advantage": a, "injected": a > 0} for r, a in zip(make_rows(SIZES), (1.5, -0.5, -0.5, -0.5, 1.0))]
+    for r in rows:
+        p = literal_logprobs(model, r)[0].exp()
+        off = ratio == "luffy" and r["injected"]
+        terms.append(-r["advantage"] * (p / (p + 0.1) if off else p / p.detach()))  # on policy the ratio is 1
+    torch.cat(terms).mean().backward()
+    expected, seen = gradients(model), []
+    monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
+    train_grpo.update(model, None, None, rows, args)
+    assert len(seen) == updates  # the weights stay, so that every update is the first one
+    for found in seen:
+        assert_same_gradients(found, expected)
+
+
+# --- batches: dynamic sampling ----------------------------------------------------------------------------------------
+def collect(args, rewards, monkeypatch, cursor=0):
+    """What collect() returns, and what was sampled: (key, ids) of every round. rewards: {id: those of its group}."""
+    calls = []
+
+    def sample_groups(policy, problems, key, args, verify):
+        calls.append((key, [p["id"] for p in problems]))
+        return [[{"id": p["id"], "sample": s, "reward": r, "response_ids": [5] * 4, "finish": "eos"}
+                 for s, r in enumerate(rewards[p["id"]])] for p in problems]
+
+    monkeypatch.setattr(train_grpo, "sample_groups", sample_groups)
+    return *train_grpo.collect(None, [{"id": i} for i in rewards], 1, cursor, args, None), calls
+
+
+REWARDS = {f"p{i}": [[0, 0], [1, 1], [0, 1]][i % 3] for i in range(12)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_dapo_dynamic_sampling_drops_groups_without_signal_and_fills_the_batch(monkeypatch, size):
+    args = grpo_args("--algo", "dapo", "--batch-size", size, "--resample", 9)
+    groups, cursor, counts, calls = collect(args, REWARDS, monkeypatch, cursor=7)
+    assert len(groups) == counts["kept"] == size
+    assert all([r["reward"] for r in g] == [0, 1] for g in groups)
+    assert len(calls) > 1 and cursor == 7 + size * len(calls)
+    order = [training.draw_rows(12, i, 1, 0)[0] for i in range(7, cursor)]
+    with_signal = [f"p{i}" for i in order if i % 3 == 2]
+    assert [g[0]["id"] for g in groups] == with_signal[:size]  # in the order of the data, the first that have signal
+    assert counts["groups"] == len(order) and counts["zero_hit"] == sum(i % 3 == 0 for i in order)
+
+
+@pytest.mark.parametrize("rewards,resample,kept,rounds", [
+    ({"a": [0, 0]} | {i: [0, 1] for i in "bcd"}, 3, 4, 2),  # three of a round of four have signal
+    ({i: [0, 0] for i in "abcdefghijk"} | {"z": [0, 1]}, 2, 1, 3)], ids=["no more than needed", "bounded"])
+def test_dapo_rounds_end(monkeypatch, rewards, resample, kept, rounds):
+    args = grpo_args("--algo", "dapo", "--batch-size", 4, "--resample", resample)
+    groups, cursor, counts, calls = collect(args, rewards, monkeypatch)
+    assert len(groups) == counts["kept"] == kept and len(calls) == rounds and cursor == 4 * rounds
+
+
+def test_dapo_samples_a_prompt_anew_when_a_further_round_meets_it_again(monkeypatch):
+    args = grpo_args("--algo", "dapo", "--batch-size", 2, "--resample", 1)
+    groups, _, _, calls = collect(args, {"a": [0, 0], "b": [0, 1]}, monkeypatch)
+    assert [sorted(ids) for _, ids in calls] == [["a", "b"]] * 2 and len(groups) == 2
+    assert len({key for key, _ in calls}) == 2  # the same random numbers would give the very same responses
+
+
+def test_grpo_keeps_every_group_and_samples_once(monkeypatch):
+    groups, cursor, counts, calls = collect(grpo_args("--batch-size", 5), REWARDS, monkeypatch)
+    assert len(groups) == counts["kept"] == cursor == 5 and len(calls) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("room", [0, 1, 2, 5, 9])
+def test_the_batch_is_the_first_wanted_groups_whoever_has_sampled_them(monkeypatch, world_size, room):
+    wanted = [True, False, True, True, False, False, True]  # in the order of the data
+    found = []
+    monkeypatch.setattr(common, "world_size", lambda: world_size)
+    monkeypatch.setattr(common, "gather", lambda _: [
+        [i for i in range(r, 7, world_size) if wanted[i]] for r in range(world_size)])
+    for rank in range(world_size):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        indices, chosen = train_grpo.choose(wanted[rank::world_size], room)
+        assert chosen == min(room, 4)
+        found += [rank + j * world_size for j in indices]
+    assert sorted(found) == [0, 2, 3, 6][:room]
+
+
+def test_dapo_without_any_signal_warns_and_goes_on(tmp_path, model_dir, world):
+    never = write_verifier(tmp_path / "v.py", NEVER)
+    result = train(model_dir, world[0], tmp_path / "o", never, "--algo", "dapo", "--steps", 2, "--resample", 1)
+    metrics = read(tmp_path / "o" / "metrics.jsonl")
+    assert [m["kept_groups"] for m in metrics] == [0, 0] and [m["zero_hit"] for m in metrics] == [1, 1]
+    assert "only 0 of 4 groups had signal" in result.stdout + result.stderr
+    start = load_file(model_dir / "model.safetensors")
+    assert all(torch.equal(v, start[k]) for k, v in weights_of(tmp_path / "o").items())  # nothing to learn from
+
+
+# --- Sec. 4.1: rescue -------------------------------------------------------------------------------------------------
+def test_sec41_revise_is_bit_identical_to_grpo_where_every_group_has_a_hit(tmp_path, model_dir):
+    data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py")
+    plain, revised = tmp_path / "plain", tmp_path / "revised"
+    train(model_dir, data, plain, verifier, "--steps", 3, "--group-size", 8)
+    train(model_dir, data, revised, verifier, "--steps", 3, "--group-size", 8, "--revise")
+    metrics = without_seconds(read(plain / "metrics.jsonl"))
+    assert all(m["zero_hit"] == 0 and 0 < m["reward"] < 1 and m["grad_norm"] > 0 for m in metrics)
+    assert metrics == without_seconds(read(revised / "metrics.jsonl"))
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (plain / name).read_bytes() == (revised / name).read_bytes()
+
+
+def test_sec41_zero_hit_groups_are_rescued_and_change_the_update(tmp_path, model_dir, world):
+    plain, revised = tmp_path / "plain", tmp_path / "revised"
+    flags = ["--steps", 1, "--batch-size", 2]  # samples.jsonl shows two groups
+    train(model_dir, *world[:1], plain, *world[1:], *flags)
+    train(model_dir, *world[:1], revised, *world[1:], *flags, "--revise")
+    before, after = read(plain / "metrics.jsonl")[0], read(revised / "metrics.jsonl")[0]
+    assert before["zero_hit"] == after["zero_hit"] > 0 and before["reward"] == after["reward"]  # of the policy alone
+    assert before["rescued"] == before["injected_tokens"] == 0
+    assert 0 < after["rescued"] <= after["zero_hit"] and 0 < after["injected_tokens"] < 1
+    assert (plain / "model/model.safetensors").read_bytes() != (revised / "model/model.safetensors").read_bytes()
+    injected = [r for r in read(revised / "samples.jsonl") if r["injected"]]
+    assert injected and all(r["reward"] == 1 and r["advantage"] == pytest.approx(1.5, rel=1e-5) for r in injected)
+
+
+def group(name, rewards, lengths=None):
+    return [{"id": name, "sample": s, "prompt_ids": [5], "response_ids": [6] * n, "reward": r, "answer": "1"}
+            for s, (r, n) in enumerate(zip(rewards, lengths or [10] * len(rewards)))]
+
+
+@pytest.mark.parametrize("inject", ["replace", "append"])
+def test_sec41_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_from(monkeypatch, inject):
+    args = grpo_args("--revise", "--inject", inject, "--revise-tokens", 1, "--group-size", 4)
+    groups = [group("hit", [0, 1, 0, 0]), group("saved", [0] * 4, [1, 10, 10, 10]), group("lost", [0] * 4),
+              group("short", [0] * 4, [1] * 4)]
+    before, asked, seeds = copy.deepcopy(groups), [], set()
+
+    def revise_batch(policy, rollouts, args, verify, seed):
+        seeds.add(seed)
+        asked.extend((r["id"], r["sample"]) for r in rollouts)
+        good = {"ids": [8, 9], "reward": 1, "response": "r", "finish": "eos"}
+        found = {"saved": [good | {"reward": 0}, good, good | {"ids": [4]}], "lost": [good | {"reward": 0}]}
+        return [{"id": r["id"], "sample": r["sample"], "prompt_ids": r["prompt_ids"], "projected_ids": [7] * 8,
+                 "prefix_len": 8, "answer": "1", "continuations": found[r["id"]]} for r in rollouts]
+
     monkeypatch.setattr(train_grpo.revise, "revise_batch", revise_batch)
-    groups = [[{"id": g, "sample": s, "prompt_ids": [5], "response_ids": [6] * 10, "reward": int(s == 0)}
-               for s in range(4)] for g in range(3)]
+    after, rescued = train_grpo.rescue(None, groups, (0, 1), args, None)
+    assert groups == before  # a new list; what was sampled stays as it was
+    assert rescued == 1
+    assert len(seeds) == 1 and seeds != {args.seed}  # new numbers each step
+    assert asked == [("saved", 1), ("lost", 0)]  # one rollout of each zero-hit group: the first that can be cut
+    assert [after[0], after[2], after[3]] == [before[0], before[2], before[3]]
+    new = next(r for r in after[1] if r.get("injected"))
+    assert new["response_ids"] == [7] * 8 + [8, 9] and new["reward"] == 1 and new["sample"] == 1
+    kept = [r for r in after[1] if not r.get("injected")]
+    advantage = train_grpo.advantages([r["reward"] for r in after[1]])
+    if inject == "replace":
+        assert kept == [r for r in before[1] if r["sample"] != 1] and after[1].index(new) == 1
+        # rewards 0 1 0 0: mean 1/4, standard deviation 1/2
+        assert advantage == pytest.approx([-0.5, 1.5, -0.5, -0.5], rel=1e-5)
+    else:
+        assert kept == before[1] and after[1].index(new) == 4
+        # rewards 0 0 0 0 1: mean 1/5, variance (4/25 + 16/25) / 4 = 1/5
+        assert advantage == pytest.approx([-(0.2**0.5)] * 4 + [0.8 / 0.2**0.5], rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--updates", 2], ["--algo", "dapo", "--resample", 2, "--batch-size", 3],
+                                   ["--batch-size", 1, "--group-size", 2, "--steps", 6, "--checkpoint-activations"]],
+                         ids=["grpo", "updates", "dapo", "one-prompt"])
+def test_grpo_with_revise_is_the_same_on_one_and_two_processes_and_sharded(tmp_path, model_dir, world, flags):
+    for n, shard in ((1, "off"), (2, "off"), (2, "on")):
+        out = tmp_path / f"{n}-{shard}"
+        train(model_dir, world[0], out, world[1], "--steps", 3, "--revise", "--train-tokens", 60, *flags, "--shard",
+              shard, processes=n, draws=out)
+        assert_same_runs(tmp_path / "1-off", out, model_dir)
+    assert any(m["rescued"] > 0 for m in read(out / "metrics.jsonl"))
+
+
+def test_sec41_groups_with_a_hit_are_never_revised(monkeypatch):
+    monkeypatch.setattr(train_grpo.revise, "revise_batch", None)
+    groups = [group(name, [1, 0, 0, 0]) for name in "abc"]
     assert train_grpo.rescue(None, groups, (0, 1), grpo_args("--revise"), None) == (groups, 0)
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
-def flags_for(model_dir, tmp_path, *extra, verifier=SELECTIVE):
-    return ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl"), "--verifier",
-            write_verifier(tmp_path / "v.py", verifier), "--device", "cpu", "--max-new-tokens", 12, "--group-size", 4,
-            "--batch-size", 4, *extra]
+def train_here(model_dir, world, out, *flags):
+    train_grpo.main(train_grpo.get_args(list(map(str, [
+        "--model", model_dir, "--data", world[0], "--out", out, "--verifier", world[1], "--device", "cpu",
+        "--max-new-tokens", 12, "--group-size", 4, "--batch-size", 4, *flags]))))
 
 
-def train(*flags):
-    train_grpo.main(train_grpo.get_args(list(map(str, flags))))
-
-
-def test_every_metric_equals_a_count_over_what_was_sampled_and_trained(tmp_path, model_dir, monkeypatch):
+def test_every_metric_equals_a_count_over_what_was_sampled_and_trained(tmp_path, model_dir, world, monkeypatch):
     sampled, trained, sample, learn = [], [], train_grpo.sample_groups, train_grpo.update
     monkeypatch.setattr(train_grpo, "sample_groups", lambda *a: sampled.append(sample(*a)) or sampled[-1])
     monkeypatch.setattr(train_grpo, "update", lambda *a: trained.append(a[3]) or learn(*a))
-    train(*flags_for(model_dir, tmp_path, "--revise", "--steps", 3, "--sample-every", 2, "--out", tmp_path / "o"))
+    train_here(model_dir, world, tmp_path / "o", "--revise", "--steps", 3, "--samples", 2, 1)
     metrics = read(tmp_path / "o" / "metrics.jsonl")
     assert len(metrics) == 3 and any(m["rescued"] for m in metrics)
     for m, groups, rows in zip(metrics, sampled, trained):
@@ -314,7 +445,10 @@ def test_every_metric_equals_a_count_over_what_was_sampled_and_trained(tmp_path,
         assert all(m[k] >= 0 for k in (
             "kl", "clipped", "entropy", "grad_norm", "seconds_sample", "seconds_revise", "seconds_update"))
     samples = read(tmp_path / "o" / "samples.jsonl")
-    assert {s["step"] for s in samples} == {1, 3}
+    assert [s["step"] for s in samples] == [1] * 4 + [3] * 4  # a group of each, rescued ones first
+    for step, m in ((1, metrics[0]), (3, metrics[2])):
+        shown = [s for s in samples if s["step"] == step]
+        assert len({s["id"] for s in shown}) == 1 and any(s["injected"] for s in shown) == (m["rescued"] > 0)
     for s in samples:
         row = next(r for r in trained[s["step"] - 1] if (r["id"], r["response"]) == (s["id"], s["response"]))
         assert s["prompt"] == tiny_tokenizer().decode(row["prompt_ids"]) and s["advantage"] == row["advantage"]
@@ -331,172 +465,82 @@ def test_counts_of_a_step_are_over_all_its_rounds(monkeypatch):
     args = grpo_args("--algo", "dapo", "--batch-size", 1)
     groups, _, counts = train_grpo.collect(None, [{"id": "a"}], 1, 0, args, None)
     assert [r["reward"] for r in groups[0]] == [1, 0]
-    for key, expected in {"groups": 2, "zero_hit": 1, "signal": 1, "sampled": 4, "hits": 1, "tokens": 18,
+    for key, expected in {"groups": 2, "zero_hit": 1, "signal": 1, "responses": 4, "hits": 1, "tokens": 18,
                           "truncated": 2, "longest": 9, "kept": 1, "rescued": 0}.items():
         assert counts[key] == expected, key
 
 
-def recorders(monkeypatch):
-    """Stand-ins for the two optional packages, and what they were told."""
+def test_tensorboard_and_wandb_get_every_metric_of_every_step(tmp_path, model_dir, monkeypatch):
+    """Stand-ins for the two optional packages note what they are told."""
     calls = []
     board = types.SimpleNamespace(add_scalar=lambda *a: calls.append(("board", *a)), flush=lambda: None)
-    wandb_run = types.SimpleNamespace(log=lambda metrics, step: calls.append(("wandb", step, metrics)))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(
-        SummaryWriter=lambda folder, purge_step: calls.append(("open", folder, purge_step)) or board))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
-        init=lambda **how: calls.append(("init", how)) or wandb_run))
-    return calls
-
-
-def test_tensorboard_and_wandb_get_every_metric_of_every_step(tmp_path, model_dir, monkeypatch):
-    calls = recorders(monkeypatch)
-    data = tmp_path / "rows.jsonl"
-    data.write_text(common.to_line({"prompt_ids": [5, 6], "response_ids": [7, 1]}))
-    train_sft.main(train_sft.get_args(list(map(str, [
-        "--model", model_dir, "--data", data, "--out", tmp_path / "o", "--steps", 2, "--batch-size", 1,
-        "--device", "cpu", "--tensorboard", "--wandb", "toy"]))))
+    run = types.SimpleNamespace(log=lambda metrics, step: calls.append(("wandb", step, metrics)))
+    for name, module in {"tensorboard": {}, "torch.utils.tensorboard": {
+            "SummaryWriter": lambda folder, purge_step: calls.append(("open", folder, purge_step)) or board},
+            "wandb": {"init": lambda **how: calls.append(("init", how["name"])) or run}}.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(__spec__=True, **module))
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(SIZES))
+    train_sft.main(sft_args(model_dir, data, tmp_path / "o", "--steps", "2", "--batch-size", "1",
+                            "--log-to", "tensorboard", "wandb"))
     metrics = read(tmp_path / "o" / "metrics.jsonl")
-    assert [c[1:] for c in calls if c[0] == "open"] == [(str(tmp_path / "o" / "tensorboard"), 1)]
-    assert [c[1]["project"] for c in calls if c[0] == "init"] == ["toy"]
-    assert [c[1:] for c in calls if c[0] == "wandb"] == [(m["step"], m) for m in metrics]
-    assert sorted(c[1:] for c in calls if c[0] == "board") == sorted(
-        (k, v, m["step"]) for m in metrics for k, v in m.items() if k != "step")
+    told = lambda name: [c[1:] for c in calls if c[0] == name]
+    assert told("open") == [(str(tmp_path / "o" / "tensorboard"), 1)] and told("init") == [("o",)]
+    assert told("wandb") == [(m["step"], m) for m in metrics]
+    assert sorted(told("board")) == sorted((k, v, m["step"]) for m in metrics for k, v in m.items() if k != "step")
 
 
-@pytest.mark.parametrize("flags,module", [(["--tensorboard"], "torch.utils.tensorboard"), (["--wandb", "x"], "wandb")])
+@pytest.mark.parametrize("name", training.LOGGERS)
 @pytest.mark.parametrize("get_args", [train_grpo.get_args, train_sft.get_args], ids=["grpo", "sft"])
-def test_a_logger_that_is_not_installed_is_one_line_naming_the_flag(monkeypatch, flags, module, get_args):
-    monkeypatch.setitem(sys.modules, module, None)  # as an import of what is not there
-    with pytest.raises(common.UserError, match=rf"^{flags[0]} needs a package .*pip install {flags[0][2:]}$"):
-        training.check_training_args(get_args(["--model", "m", "--data", "d", "--out", "o", *flags]))
+def test_a_logger_that_is_not_installed_is_one_line_naming_the_flag(monkeypatch, capsys, name, get_args):
+    monkeypatch.setitem(sys.modules, name, None)  # as what is not there
+    with pytest.raises(SystemExit):
+        get_args(["--model", "m", "--data", "d", "--out", "o", "--log-to", name])
+    assert capsys.readouterr().err.endswith(f"argument --log-to: {name} is not installed: pip install {name}\n")
 
 
-@pytest.mark.parametrize("warn_after,expected", [(2, 1), (0, 0), (9, 0)])
-def test_steps_without_any_signal_are_warned_of_once(tmp_path, model_dir, capsys, warn_after, expected):
-    train(*flags_for(model_dir, tmp_path, "--steps", 4, "--warn-after", warn_after, "--out", tmp_path / "o",
-                     verifier=NEVER))
+def test_steps_without_any_signal_are_warned_of_once(tmp_path, model_dir, world, monkeypatch, capsys):
+    monkeypatch.setattr(train_grpo, "WARN_AFTER", 3)
+    never = write_verifier(tmp_path / "never.py", NEVER)
+    train_here(model_dir, (world[0], never), tmp_path / "o", "--steps", 5, "--save-every", 2)
     out, err = capsys.readouterr()
-    assert (out + err).count("warning: no group of the last 2 steps") == expected
+    assert (out + err).count("warning: no group of the last 3 steps had both") == 1
     assert all(m["signal"] == 0 for m in read(tmp_path / "o" / "metrics.jsonl"))
+    # a restart goes on counting
+    assert json.loads((tmp_path / "o/checkpoint-000002/state.json").read_text()) == {
+        "cursor": 8, "silent": 2, "step": 2}
 
 
-# --- evaluation while training ----------------------------------------------------------------------------------------
-def own_evaluation(model, data, verifier, out, n):
-    """What eval.py says of a model."""
-    return evaluation.main(evaluation.get_args(list(map(str, [
-        "--model", model, "--data", data, "--out", out, "-n", n, "--k", 1, n, "--verifier", verifier, "--device", "cpu",
-        "--max-new-tokens", 12]))))[0]
-
-
-def test_evaluations_are_those_of_eval_py_on_the_first_and_the_last_model(tmp_path, model_dir):
-    test = write_problems(tmp_path / "test.jsonl", 7)
-    flags = flags_for(model_dir, tmp_path, "--steps", 4, "--lr", 0.01, "--limit", 3, "--save-every", 2)
-    train(*flags, "--eval-data", test, "--eval-every", 2, "--eval-n", 4, "--out", tmp_path / "o")
-    rows = read(tmp_path / "o" / "eval.jsonl")
-    assert [r["step"] for r in rows] == [0, 2, 4]
-    for row, model in ((rows[0], model_dir), (rows[2], tmp_path / "o" / "model")):
-        expected = own_evaluation(model, test, tmp_path / f"v.py{':verify'}", tmp_path / f"e{row['step']}", 4)
-        # one process and the same batch: the same bits
-        assert row["eval_pass@1"] == expected["pass"]["1"] and row["eval_pass@4"] == expected["pass"]["4"]
-        assert row["eval_length_mean"] == expected["mean_tokens"] and row["eval_truncated"] == expected["truncated"]
-    assert rows[0]["eval_pass@1"] != rows[2]["eval_pass@1"]  # training changed something
-    assert len(read(tmp_path / "o" / "eval" / "step-000004" / "rollouts.jsonl")) == 7 * 4
-    train(*flags, "--out", tmp_path / "plain")  # looking does not change what is seen
-    assert ((tmp_path / "o/model/model.safetensors").read_bytes()
-            == (tmp_path / "plain/model/model.safetensors").read_bytes())
-
-
-OPSD = ["--algo", "opsd", "--group-size", 1, "--steps", 5, "--save-every", 2, "--eval-every", 2, "--eval-n", 2,
-        "--lr", 1e-3]
-
-
+# --- resume -----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def straight_opsd(tmp_path_factory, model_dir):
-    path = tmp_path_factory.mktemp("opsd")
-    flags = [*flags_for(model_dir, path), *OPSD, "--eval-data", write_problems(path / "test.jsonl", 3)]
-    stage("train_grpo.py", *flags, "--out", path / "o", draws=path / "o")
-    return path / "o", flags
+def straight(tmp_path_factory, model_dir):
+    path = tmp_path_factory.mktemp("grpo")
+    job = [write_problems(path / "d.jsonl"), path / "o", write_verifier(path / "v.py", SELECTIVE), "--steps", 6,
+           "--save-every", 2, "--revise"]
+    train(model_dir, *job)
+    return path / "o", job
 
 
-def test_opsd_moves_the_student_toward_the_teacher(straight_opsd, model_dir):
-    out, _ = straight_opsd
-    metrics = read(out / "metrics.jsonl")
-    assert all(0 < m["loss"] <= math.log(2) and m["grad_norm"] > 0 for m in metrics)
-    start = load_file(model_dir / "model.safetensors")
-    assert any(not torch.equal(v, start[k]) for k, v in load_file(out / "model" / "model.safetensors").items())
-
-
-# Moments at which files change: 1-2 run.json; 3-5 evaluation 0 (part, merge before and after); 6 eval.jsonl; 7 step 1;
-# 8 samples; 9 step 2; 10-11 checkpoint; 12-14 evaluation 2; 15 eval.jsonl; 16-17 steps 3, 4; 18-19 checkpoint;
-# 20-22 evaluation 4; 23 eval.jsonl; 24 step 5; 25-26 the model. Continued from a checkpoint: 1-6 the three files are
-# cut; (15, 8) thus dies in writing the row of evaluation 2, then just after it
-@pytest.mark.parametrize("kills", [(6, 3), (13, 5), (15, 8), (21, 6)], ids=str)
-def test_opsd_with_evaluations_killed_and_continued_gives_the_same_bytes(tmp_path, straight_opsd, kills):
-    straight, flags = straight_opsd
+# Files change at these moments: 1-2 run.json; 3 step 1; 4 samples; 5 step 2; 6-7 checkpoint; 8, 9 steps 3, 4; 10-11
+# checkpoint; 12, 13 steps 5, 6; 14-15 the model. A continued run first cuts the two logs: 1-4
+@pytest.mark.parametrize("kills", [(3,), (5,), (10, 7), (15,)], ids=str)
+def test_grpo_with_revise_killed_and_continued_gives_the_same_bytes(tmp_path, model_dir, straight, kills):
+    out, (data, _, verifier, *flags) = straight
     for point in kills:
-        stage("train_grpo.py", *flags, "--out", tmp_path / "o", kill_at=point)
-    stage("train_grpo.py", *flags, "--out", tmp_path / "o")
-    names = sorted(str(p.relative_to(straight)) for p in straight.rglob("*") if p.is_file())
-    assert names == sorted(str(p.relative_to(tmp_path / "o")) for p in (tmp_path / "o").rglob("*") if p.is_file())
-    for name in names:
-        a, b = straight / name, tmp_path / "o" / name
-        if name in ("metrics.jsonl", "eval.jsonl"):
-            assert without_seconds(read(a)) == without_seconds(read(b))
-        elif name != "run.json":  # which holds when and how it was started
-            # steps have the same shapes after a restart; an evaluation is one batch here, drawn whole or not at all
-            assert a.read_bytes() == b.read_bytes(), name
-    assert [r["step"] for r in read(tmp_path / "o" / "eval.jsonl")] == [0, 2, 4]
+        train(model_dir, data, tmp_path / "o", verifier, *flags, kill_at=point)
+    train(model_dir, data, tmp_path / "o", verifier, *flags)
+    assert_same_files(out, tmp_path / "o")
 
 
-@pytest.mark.parametrize("processes,shard", [(2, "off"), (1, "on"), (3, "on")])
-def test_opsd_with_evaluations_is_the_same_on_several_processes_and_sharded(tmp_path, straight_opsd, processes, shard):
-    straight, flags = straight_opsd
-    stage("train_grpo.py", *flags, "--out", tmp_path / "o", "--shard", shard, processes=processes, draws=tmp_path / "o")
-    if not same_draws(straight, tmp_path / "o"):  # a draw fell on the other side: other data from there on
-        return
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        one, two = without_seconds(read(straight / name)), without_seconds(read(tmp_path / "o" / name))
-        assert [list(a) for a in one] == [list(b) for b in two]
-        for a, b in zip(one, two):
-            assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    a, b = (load_file(x / "model" / "model.safetensors") for x in (straight, tmp_path / "o"))
-    assert all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
-
-
-def test_samples_of_a_policy_that_is_gone_are_not_evaluated_again(tmp_path):
-    for step in (0, 2, 4):
-        (tmp_path / "eval" / f"step-{step:06d}").mkdir(parents=True)
-    (tmp_path / "eval.jsonl").write_text(common.to_line({"step": 0}))
-    assert train_grpo.evaluated(tmp_path, 2) == {0}
-    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["step-000000", "step-000002"]
-
-
-# --- --steps on resume ------------------------------------------------------------------------------------------------
-def test_steps_is_free_until_the_run_is_finished(tmp_path, model_dir):
-    flags = flags_for(model_dir, tmp_path, "--save-every", 2)
-    train(*flags, "--steps", 5, "--out", tmp_path / "straight")
-    stage("train_grpo.py", *flags, "--steps", 3, "--out", tmp_path / "o", kill_at=7)  # beyond the checkpoint of step 2
+def test_steps_is_free_until_the_run_is_finished(tmp_path, model_dir, straight):
+    out, (data, _, verifier, *flags) = straight
+    train(model_dir, data, tmp_path / "o", verifier, *flags, "--steps", 3, kill_at=8)  # beyond the checkpoint of step 2
     assert [p.name for p in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-000002"]
-    with pytest.raises(common.UserError, match="--steps 1: the run in --out has a checkpoint of step 2 already"):
-        train(*flags, "--steps", 1, "--out", tmp_path / "o")
-    train(*flags, "--steps", 5, "--out", tmp_path / "o")
-    a, b = (tmp_path / name / "model" / "model.safetensors" for name in ("straight", "o"))
-    assert a.read_bytes() == b.read_bytes()
-    assert (without_seconds(read(tmp_path / "straight" / "metrics.jsonl"))
-            == without_seconds(read(tmp_path / "o" / "metrics.jsonl")))
-    before = b.read_bytes()
-    train(*flags, "--steps", 4, "--out", tmp_path / "o")  # finished, and asked for no more than it has: nothing to do
-    with pytest.raises(common.UserError, match="--steps 6: .*finished after 5 steps"):
-        train(*flags, "--steps", 6, "--out", tmp_path / "o")
-    assert b.read_bytes() == before
-
-
-def test_steps_lowered_to_the_checkpoint_gives_the_model_of_that_step(tmp_path, model_dir):
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(common.to_line({"prompt_ids": [5, 6], "response_ids": [i, 1]}) for i in range(7, 12)))
-    flags = ["--model", model_dir, "--data", data, "--device", "cpu", "--batch-size", 2, "--save-every", 2]
-    stage("train_sft.py", *flags, "--steps", 2, "--out", tmp_path / "two")
-    stage("train_sft.py", *flags, "--steps", 4, "--out", tmp_path / "o", kill_at=7)
-    stage("train_sft.py", *flags, "--steps", 2, "--out", tmp_path / "o")
-    assert ((tmp_path / "two/model/model.safetensors").read_bytes()
-            == (tmp_path / "o/model/model.safetensors").read_bytes())
+    failed = train(model_dir, data, tmp_path / "o", verifier, *flags, "--steps", 1, check=False)
+    assert failed.returncode == 2 and "--steps 1: --out holds a checkpoint of step 2" in failed.stderr
+    train(model_dir, data, tmp_path / "o", verifier, *flags)
+    assert_same_files(out, tmp_path / "o")
+    # finished, and asked for no more than it has: nothing to do
+    assert "trained already" in train(model_dir, data, tmp_path / "o", verifier, *flags, "--steps", 4).stdout
+    failed = train(model_dir, data, tmp_path / "o", verifier, *flags, "--steps", 7, check=False)
+    assert failed.returncode == 2 and "was finished after 6 steps" in failed.stderr
+    assert_same_files(out, tmp_path / "o")

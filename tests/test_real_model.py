@@ -28,7 +28,9 @@ def test_the_table_counts_what_the_stages_wrote(tmp_path, model_dir, capsys):
     flags = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 12, "--verifier",
              write_verifier(tmp_path / "v.py", QUARTER)]
     stage("rollout.py", *flags, "--data", write_problems(tmp_path / "d.jsonl", 8), "-n", 2, "--out", tmp_path / "r")
-    for arm, more in {"latentrevise": [], "noise": ["--vertices", "random"], "fresh": ["--from", "scratch"]}.items():
+    stage("rollout.py", *flags, "--data", tmp_path / "r" / "zero_hit.jsonl", "-n", 3, "--seed", 1,
+          "--out", tmp_path / "arms" / "fresh")
+    for arm, more in {"latentrevise": [], "noise": ["--vertices", "random"]}.items():
         stage("revise.py", *flags, "--rollouts", tmp_path / "r", "--attempts", 1, "--continuations", 3,
               "--revision-steps", 2, "--out", tmp_path / "arms" / arm, *more)
     real_model.main(real_model.get_args([str(tmp_path / "arms"), "--model", str(model_dir), "--device", "cpu"]))

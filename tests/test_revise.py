@@ -6,13 +6,36 @@ import torch
 from conftest import ROWS, TOKENS, tiny_model
 
 import revise
-from helpers import packed
-from helpers.common import UserError
+from helpers.common import Policy, UserError
 
 TEMPLATE_IDS = [5, 6, 7, 8]
+ALLOWED = torch.arange(TOKENS)
 
 
-def literal_losses(model, E, f, template):
+def failures(sizes, seed=0, template=TEMPLATE_IDS):
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(2, TOKENS, (n,), generator=g).tolist()
+    return [revise.Failure(f"p{i}", 0, ids(q), ids(r), ids(c), template, ids(a))
+            for i, (q, r, c, a) in enumerate(sizes)]
+
+
+SIZES = [[(3, 5, 4, 2)], [(3, 5, 4, 2), (7, 2, 1, 1), (1, 9, 6, 5)],
+         [(2 + i, 3 + (5 * i) % 7, 1 + (3 * i) % 5, 1 + i % 3) for i in range(8)]]
+
+
+def revision_args(*flags, **changes):
+    args = revise.get_args(["--model", "m", "--rollouts", "r", "--out", "o", *flags])
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def run(model, batch, args, keep=frozenset()):
+    """revise(): {step: prefixes of the rollouts}, records that replay() reads."""
+    prefixes, history = revise.revise(Policy(model, None, TOKENS, [1]), batch, ALLOWED, args, 0, keep)
+    return ({i: E.split([len(f.r) for f in batch]) for i, E in prefixes.items()},
+            [{"id": f.id, "prefix_ids": f.r} | h for f, h in zip(batch, history)])
+
+
+def literal_losses(model, E, f):
     """Eqs. (2), (3), (4) for one rollout, a pass each, token by token; E (R, D) with gradient."""
     embed = model.get_input_embeddings()
 
@@ -23,21 +46,27 @@ def literal_losses(model, E, f, template):
 
     q = embed(torch.tensor(f.q))
     explore = logp(torch.cat([q, E]), f.c)
-    guide = -logp(torch.cat([q, E, embed(torch.tensor(template, dtype=torch.long))]), f.gold)
-    x = torch.cat([q, E])[None]
-    logits = model(inputs_embeds=x, use_cache=False).logits[0].log_softmax(-1)
-    nll = -sum(logits[len(f.q) + t - 1, y] for t, y in enumerate(f.r))
-    return explore, guide, nll
+    guide = -logp(torch.cat([q, E, embed(torch.tensor(f.template, dtype=torch.long))]), f.gold)
+    logits = model(inputs_embeds=torch.cat([q, E])[None], use_cache=False).logits[0].log_softmax(-1)
+    return explore, guide, -sum(logits[len(f.q) + t - 1, y] for t, y in enumerate(f.r))
 
 
-def failures(sizes, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    ids = lambda n: torch.randint(2, TOKENS, (n,), generator=g).tolist()
-    return [revise.Failure(f"p{i}", 0, ids(q), ids(r), ids(c), ids(a)) for i, (q, r, c, a) in enumerate(sizes)]
-
-
-SIZES = [[(3, 5, 4, 2)], [(3, 5, 4, 2), (7, 2, 1, 1), (1, 9, 6, 5)],
-         [(2 + i, 3 + (5 * i) % 7, 1 + (3 * i) % 5, 1 + i % 3) for i in range(8)]]
+def literal_algorithm1(model, f, args):
+    """Alg. 1 for one rollout, line by line: list of (losses, vertices, E after the step, gap)."""
+    W = model.get_input_embeddings().weight.detach()
+    E, trace = W[torch.tensor(f.r)].clone(), []
+    for i in range(1, args.revision_steps + 1):
+        E = E.detach().requires_grad_()
+        explore, guide, nll = literal_losses(model, E, f)
+        if guide < args.eps_stop:
+            break
+        G, = torch.autograd.grad(args.explore_weight * explore + args.alpha_guide * guide + args.beta_nll * nll, E)
+        V = [min(ALLOWED.tolist(), key=lambda v: float(G[j] @ W[v])) for j in range(len(f.r))]
+        gamma = args.gamma0 * 2 / (i + 1)
+        gap = float((G * (E.detach() - W[V])).sum())
+        E = (1 - gamma) * E + gamma * W[V]
+        trace.append(([float(x.detach()) for x in (explore, guide, nll)], V, E.detach(), gap))
+    return trace
 
 
 @pytest.mark.parametrize("family,tied", [
@@ -45,21 +74,23 @@ SIZES = [[(3, 5, 4, 2)], [(3, 5, 4, 2), (7, 2, 1, 1), (1, 9, 6, 5)],
 @pytest.mark.parametrize("sizes", SIZES, ids=["batch1", "batch3", "batch8"])
 @pytest.mark.parametrize("template", [TEMPLATE_IDS, []], ids=["template", "no-template"])
 def test_eq2_eq3_eq4_eq5_losses_and_gradient_equal_three_literal_passes(family, tied, sizes, template):
-    model, batch = tiny_model(family, tied), failures(sizes)
+    model, batch = tiny_model(family, tied), failures(sizes, template=template)
     W = model.get_input_embeddings().weight.detach()
-    weights = (1.0, 0.7, 0.1)
-    soft = [revise.soft_prefix(W, [f.r, f.r[::-1]], [0.7, 0.3]) for f in batch]
-    with packed.frozen(model):
-        tensors = packed.pack(batch, template, weights, False, W.device)
-        losses, G = packed.losses_and_gradient(model, tensors, torch.cat(soft), head_rows=3)
-    assert all(p.grad is None for p in model.parameters()) and all(p.requires_grad for p in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
-    for f, E, ours, g in zip(batch, soft, losses, G.split([len(f.r) for f in batch])):
-        E = E.clone().requires_grad_()
-        literal = literal_losses(model, E, f, template)
-        expected, = torch.autograd.grad(sum(w * x for w, x in zip(weights, literal)), E)
-        torch.testing.assert_close(ours, torch.stack(literal).detach(), rtol=1e-5, atol=1e-5)
-        assert (g - expected).norm() <= 1e-5 * expected.norm()
+    for mean in (False, True):
+        soft = [revise.toward(W[f.r], W[f.r[::-1]], 0.3) for f in batch]
+        with revise.frozen(model):
+            p = revise.pack(batch, (1.0, 0.7, 0.1), mean, W.device)
+            losses, G = revise.losses_and_gradient(model, p, torch.cat(soft), head_rows=3)
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert model.config._attn_implementation == "sdpa"
+        for f, E, ours, g in zip(batch, soft, losses, G.split([len(f.r) for f in batch])):
+            E = E.clone().requires_grad_()
+            literal = literal_losses(model, E, f)
+            lengths = [len(f.c), len(f.gold), len(f.r)] if mean else [1, 1, 1]
+            total = sum(w * x / n for w, x, n in zip((1.0, 0.7, 0.1), literal, lengths))
+            expected, = torch.autograd.grad(total, E)
+            torch.testing.assert_close(ours, torch.stack(literal).detach(), rtol=1e-5, atol=1e-5)
+            assert (g - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_eq6_oracle_equals_brute_force_over_allowed_rows():
@@ -69,7 +100,6 @@ def test_eq6_oracle_equals_brute_force_over_allowed_rows():
     brute = [min(allowed.tolist(), key=lambda v: float(G[j] @ W[v])) for j in range(len(G))]
     for chunk in (1, 5, 64, 1000):
         assert revise.best_rows(-G, W, allowed, chunk=chunk).tolist() == brute
-    assert revise.oracle(G, W, allowed).tolist() == brute
 
 
 @pytest.mark.parametrize("metric,score", [
@@ -78,92 +108,84 @@ def test_eq6_oracle_equals_brute_force_over_allowed_rows():
 def test_eq8_projection_equals_brute_force(metric, score):
     g = torch.Generator().manual_seed(2)
     X, W = torch.randn(9, 8, generator=g), torch.randn(ROWS, 8, generator=g) * torch.rand(ROWS, 1, generator=g)
-    allowed = torch.arange(TOKENS)
-    brute = [max(allowed.tolist(), key=lambda v: float(score(X[j], W[v]))) for j in range(len(X))]
-    assert revise.best_rows(X, W, allowed, metric, chunk=17).tolist() == brute
-
-
-def revision_args(**changes):
-    args = revise.get_args(["--model", "m", "--rollouts", "r", "--out", "o"])
-    return argparse.Namespace(**vars(args) | changes)
-
-
-def literal_algorithm1(model, f, template, allowed, args):
-    """Alg. 1 for one rollout, line by line: list of (losses, vertices, E after the step)."""
-    W = model.get_input_embeddings().weight.detach()
-    E, trace = W[torch.tensor(f.r)].clone(), []
-    for i in range(1, args.revision_steps + 1):
-        E = E.detach().requires_grad_()
-        explore, guide, nll = literal_losses(model, E, f, template)
-        if guide < args.eps_stop:
-            break
-        G, = torch.autograd.grad(args.explore_weight * explore + args.alpha_guide * guide + args.beta_nll * nll, E)
-        V = [min(allowed.tolist(), key=lambda v: float(G[j] @ W[v])) for j in range(len(f.r))]
-        gamma = args.gamma0 * 2 / (i + 1)
-        gap = float((G * (E.detach() - W[V])).sum())
-        E = (1 - gamma) * E + gamma * W[V]
-        trace.append(([float(x.detach()) for x in (explore, guide, nll)], V, E.detach(), gap))
-    return trace
+    brute = [max(ALLOWED.tolist(), key=lambda v: float(score(X[j], W[v]))) for j in range(len(X))]
+    assert revise.best_rows(X, W, ALLOWED, metric, chunk=17).tolist() == brute
 
 
 @pytest.mark.parametrize("changes", [{}, {"alpha_guide": 0.0}, {"explore_weight": 0.0}, {"beta_nll": 0.0},
                                      {"gamma0": 0.5}], ids=lambda c: "-".join(c) or "paper")
-def test_alg1_eq7_trace_equals_the_literal_algorithm(changes):
+def test_alg1_eq7_trace_equals_the_literal_algorithm_and_replays_bit_for_bit(changes):
     model, batch, args = tiny_model("qwen2"), failures(SIZES[1]), revision_args(**changes)
-    W, allowed = model.get_input_embeddings().weight.detach(), torch.arange(TOKENS)
+    W = model.get_input_embeddings().weight.detach()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    prefixes = revise.revise_prefixes(model, batch, TEMPLATE_IDS, allowed, args, set(range(11)))
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    for f, ours in zip(batch, prefixes):
-        trace = literal_algorithm1(model, f, TEMPLATE_IDS, allowed, args)
-        assert len(trace) == len(f.gammas) == 10 and sum(f.weights) == pytest.approx(1)
-        assert [v.tolist() for v in f.atoms] == [f.r] + [V for _, V, _, _ in trace]
-        torch.testing.assert_close(torch.tensor(f.losses), torch.tensor([x for x, *_ in trace]), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(torch.tensor(f.gaps), torch.tensor([x[3] for x in trace]), rtol=1e-4, atol=1e-4)
-        assert min(f.gaps) >= 0
-        torch.testing.assert_close(ours[10], trace[-1][2], rtol=1e-5, atol=1e-6)
-        assert torch.equal(revise.soft_prefix(W, [v.tolist() for v in f.atoms], f.weights), ours[10])  # bit for bit
+    prefixes, records = run(model, batch, args, {0, 4})
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and [*prefixes] == [0, 4, 10]
+    for b, (f, r) in enumerate(zip(batch, records)):
+        trace = literal_algorithm1(model, f, args)
+        losses, vertices, after, gaps = zip(*trace)
+        assert r["vertices"] == [*vertices] and r["gammas"] == [args.gamma0 * 2 / (i + 1) for i in range(1, 11)]
+        torch.testing.assert_close(torch.tensor(r["losses"]), torch.tensor(losses), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(r["gaps"]), torch.tensor(gaps), rtol=1e-4, atol=1e-4)
+        assert min(r["gaps"]) >= 0 and torch.equal(prefixes[0][b], W[f.r])
+        torch.testing.assert_close(prefixes[4][b], after[3], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(prefixes[10][b], after[9], rtol=1e-5, atol=1e-6)
+        assert torch.equal(revise.replay(W, r), prefixes[10][b])
+        part = r | {"vertices": r["vertices"][:4], "gammas": r["gammas"][:4]}
+        assert torch.equal(revise.replay(W, part), prefixes[4][b])
+
+
+def test_replay_leaves_positions_where_they_are_that_a_step_did_not_move():
+    W = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(3))
+    E = revise.replay(W, {"prefix_ids": [3, 4], "gaps": [], "gammas": [0.5, 0.25],
+                          "vertices": [[7, revise.STAYS], [revise.STAYS, 9]]})
+    torch.testing.assert_close(E, torch.stack([0.5 * W[3] + 0.5 * W[7], 0.75 * W[4] + 0.25 * W[9]]))
 
 
 def test_alg1_stops_a_rollout_below_eps_and_goes_on_with_the_others():
     model, batch = tiny_model("qwen2"), failures(SIZES[1])
-    alone = failures(SIZES[1])
-    for f in alone:
-        revise.revise_prefixes(model, [f], TEMPLATE_IDS, torch.arange(TOKENS), revision_args())
-    guides = sorted(step[1] for f in alone for step in f.losses)
+    W = model.get_input_embeddings().weight.detach()
+    alone = [run(model, [f], revision_args())[1][0] for f in batch]
+    guides = sorted(step[1] for r in alone for step in r["losses"])
     args = revision_args(eps_stop=guides[len(guides) // 2])  # some rollouts stop, at different steps
-    revise.revise_prefixes(model, batch, TEMPLATE_IDS, torch.arange(TOKENS), args)
-    assert len({len(f.gammas) for f in batch}) > 1
-    for f, full in zip(batch, alone):
-        stop = next((i for i, x in enumerate(full.losses) if x[1] < args.eps_stop), 10)
-        assert len(f.atoms) - 1 == len(f.gammas) == len(f.gaps) == stop
-        assert [v.tolist() for v in f.atoms] == [v.tolist() for v in full.atoms[:stop + 1]]
+    prefixes, records = run(model, batch, args)
+    assert len({len(r["gammas"]) for r in records}) > 1
+    for E, r, full in zip(prefixes[10], records, alone):
+        stop = next((i for i, x in enumerate(full["losses"]) if x[1] < args.eps_stop), 10)
+        assert len(r["gammas"]) == len(r["gaps"]) == stop and len(r["losses"]) == min(stop + 1, 10)
+        assert r["vertices"] == full["vertices"][:stop] and torch.equal(revise.replay(W, r), E)
 
 
-def test_table3_adam_equals_torch_adam_and_leaves_the_hull():
-    model, (f,) = tiny_model("qwen2"), failures(SIZES[0])
-    args = revision_args(optimizer="adam", adam_lr=0.05, revision_steps=4)
-    trace, = revise.revise_prefixes(model, [f], TEMPLATE_IDS, torch.arange(TOKENS), args, set(range(5)))
-    E = torch.nn.Parameter(trace[0].clone())
-    adam = torch.optim.Adam([E], lr=0.05)
-    for step in range(4):
-        explore, guide, nll = literal_losses(model, E, f, TEMPLATE_IDS)
-        E.grad, = torch.autograd.grad(explore + guide + 0.1 * nll, E)
-        adam.step()
-        torch.testing.assert_close(trace[step + 1], E.detach(), rtol=1e-4, atol=1e-5)
-    assert f.gammas == [] and f.weights == [1.0]
+def test_table3_adam_equals_adam_on_one_literal_prefix_and_is_not_replayed():
+    model, batch, args = tiny_model("qwen2"), failures(SIZES[1]), revision_args("--adam", "0.05", revision_steps=4)
+    W = model.get_input_embeddings().weight.detach()
+    prefixes, records = run(model, batch, args, set(range(5)))
+    for b, (f, r) in enumerate(zip(batch, records)):
+        E = torch.nn.Parameter(prefixes[0][b].clone())
+        adam = torch.optim.Adam([E], lr=0.05)
+        for step in range(4):
+            explore, guide, nll = literal_losses(model, E, f)
+            E.grad, = torch.autograd.grad(explore + guide + 0.1 * nll, E)
+            adam.step()
+            torch.testing.assert_close(prefixes[step + 1][b], E.detach(), rtol=1e-4, atol=1e-5)
+        assert r["gammas"] == r["vertices"] == [] and len(r["gaps"]) == 4
+        with pytest.raises(UserError, match="moved by --adam"):
+            revise.replay(W, r)
+
+
+def test_adam_has_no_vertices_to_vary(capsys):
+    with pytest.raises(SystemExit):
+        revision_args("--adam", "0.1", "--vertices", "random")
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_checkpointed_activations_give_the_same_gradient():
     model, batch = tiny_model("qwen3"), failures(SIZES[1])
-    soft = torch.cat([revise.soft_prefix(model.get_input_embeddings().weight.detach(), f.atoms, f.weights)
-                      for f in batch])
-    tensors = packed.pack(batch, TEMPLATE_IDS, (1.0, 1.0, 0.1), False, soft.device)
-    results = []
+    p = revise.pack(batch, (1.0, 1.0, 0.1), False, torch.device("cpu"))
+    soft, results = model.get_input_embeddings().weight.detach()[p.ids[p.prefix]], []
     for checkpoint in (False, True):
-        with packed.frozen(model, checkpoint):
+        with revise.frozen(model, checkpoint):
             assert (model.is_activation_checkpointing, model.training) == (checkpoint, checkpoint)
-            results.append(packed.losses_and_gradient(model, tensors, soft))
+            results.append(revise.losses_and_gradient(model, p, soft))
     assert not model.is_activation_checkpointing and not model.training
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -184,35 +206,31 @@ def test_no_tensor_of_rows_times_vocabulary_exists():
 
     model, batch = tiny_model("qwen2"), failures([(5, 90, 30, 3)])
     W = model.get_input_embeddings().weight.detach()
-    with packed.frozen(model):
-        tensors = packed.pack(batch, TEMPLATE_IDS, (1.0, 1.0, 0.1), False, W.device)
+    with revise.frozen(model):
+        p = revise.pack(batch, (1.0, 1.0, 0.1), False, W.device)
         with Watch():
-            _, G = packed.losses_and_gradient(model, tensors, revise.soft_prefix(W, [batch[0].r], [1.0]), head_rows=8)
-            revise.best_rows(-G, W, torch.arange(TOKENS), chunk=16)
+            _, G = revise.losses_and_gradient(model, p, W[batch[0].r], head_rows=8)
+            revise.best_rows(-G, W, ALLOWED, chunk=16)
     assert 0 < largest < 90 * TOKENS
 
 
 def test_rollouts_longer_than_a_sliding_window_are_refused():
     model, batch = tiny_model("qwen2"), failures(SIZES[0])
     model.config.sliding_window = 12  # as long as the rollout: no key is out of sight
-    revise.revise_prefixes(model, batch, TEMPLATE_IDS, torch.arange(TOKENS), revision_args(revision_steps=1))
+    run(model, batch, revision_args(revision_steps=1))
     model.config.sliding_window = 11
     with pytest.raises(UserError, match="slides over 11 tokens"):
-        revise.revise_prefixes(model, batch, TEMPLATE_IDS, torch.arange(TOKENS), revision_args(revision_steps=1))
-
-
-def test_eq7_weights_multiply_the_steps_out():
-    W = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(3))
-    f = revise.Failure("p", 0, [1], [3, 4, 5], [2], [9])
-    E = W[f.r]
-    for v, gamma in (([7, 8, 9], 0.1), ([10, 3, 5], 0.1 * 2 / 3), ([3, 3, 3], 0.05)):
-        f.move(torch.tensor(v), gamma)
-        E = (1 - gamma) * E + gamma * W[v]
-    assert sum(f.weights) == pytest.approx(1) and min(f.weights) >= 0
-    torch.testing.assert_close(revise.soft_prefix(W, f.atoms, f.weights), E)
+        run(model, batch, revision_args(revision_steps=1))
 
 
 @pytest.mark.parametrize("n,rho,expected", [
     (10, 0.8, 8), (9, 0.8, 7), (1, 0.8, 0), (5, 0.2, 1), (4, 0.2, 0), (2, 0.5, 1)])
 def test_sec3_cut_is_the_floor_of_rho_times_tokens(n, rho, expected):
     assert revise.cut([0] * n, rho) == expected
+
+
+def test_permuted_answers_are_always_anothers():
+    answers = {f"p{i}": str(i % 3) for i in range(20)}
+    permuted = revise.permuted_answers(answers, seed=0)
+    assert permuted.keys() == answers.keys() and all(permuted[i] != answers[i] for i in answers)
+    assert permuted == revise.permuted_answers(dict(reversed(answers.items())), seed=0)

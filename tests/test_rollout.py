@@ -1,6 +1,7 @@
 """rollout.py: sampling against generate() and teacher forcing, random numbers, prompts, resume."""
 import collections
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import (
     assert_same_sampling,
     assert_same_texts,
     common_tokens,
+    read,
     run,
     same_draws,
     same_rollouts,
@@ -27,13 +29,23 @@ from helpers.common import Policy
 PROMPTS = [torch.tensor([5, 9, 30]), torch.tensor([7]), torch.arange(20, 37)]
 
 
+ENDS = [1, *range(60, 70)]  # about one token in 14: lengths differ much
+MANY = [torch.arange(3, 3 + n) for n in (4, 1, 9, 2, 40, 3, 1, 70, 5, 12, 2, 6)]  # longer ones join after shorter ones
+FAMILIES = pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
+
+
 def keys_of(prompts, n=4, seed=0):
-    return [[rollout.row_key(seed, i, s) for s in range(n)] for i in range(len(prompts))]
+    return [[sampling.row_key(seed, i, s) for s in range(n)] for i in range(len(prompts))]
 
 
 def draw(model, prompts, n=4, limit=12, seed=0, eos=(1,), vocab=TOKENS, **kw):
     policy = Policy(model, None, vocab, list(eos))
-    return rollout.sample(policy, prompts, keys_of(prompts, n, seed), [limit] * len(prompts), **kw)
+    return sampling.sample(policy, prompts, keys_of(prompts, n, seed), [limit] * len(prompts), **kw)
+
+
+def texts(found):
+    """What is drawn, and nothing of the rows' place in the batch."""
+    return [[(row.ids, row.logprobs, row.finish) for row in of_prompt] for of_prompt in found]
 
 
 def assert_generate_agrees(model, prompts, ours, limit, eos):
@@ -46,18 +58,15 @@ def assert_generate_agrees(model, prompts, ours, limit, eos):
         assert s.finish == ("eos" if s.ids[-1] in eos else "length")
 
 
-@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
-def test_greedy_tokens_equal_generate(family, tied):
+@FAMILIES
+@pytest.mark.parametrize("prompts,limit,slots", [(PROMPTS, 40, 0), (MANY, 90, 3)], ids=["together", "slots refilled"])
+def test_greedy_tokens_equal_generate(family, tied, prompts, limit, slots):
     model = tiny_model(family, tied)
-    ours = draw(model, PROMPTS, n=1, limit=40, temperature=0, eos=[1, 60, 61, 62], vocab=160)
-    assert_generate_agrees(model, PROMPTS, ours, 40, [1, 60, 61, 62])
+    ours = draw(model, prompts, n=1, limit=limit, temperature=0, eos=ENDS, vocab=160, slots=slots)
+    assert_generate_agrees(model, prompts, ours, limit, ENDS)
 
 
 # --- the queue: slots refilled, rows put back -------------------------------------------------------------------------
-MANY = [torch.arange(3, 3 + n) for n in (4, 1, 9, 2, 40, 3, 1, 70, 5, 12, 2, 6)]  # longer ones join after shorter ones
-ENDS = [1, *range(60, 70)]  # about one token in 14: lengths differ much
-
-
 def watched(model, monkeypatch) -> dict:
     """Counts of what a model is asked for: rows of each decoding step, rows prefilled,
     tokens that the cache has room for."""
@@ -79,13 +88,6 @@ def watched(model, monkeypatch) -> dict:
     return seen
 
 
-@pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
-def test_greedy_tokens_equal_generate_while_slots_are_refilled(family, tied):
-    model = tiny_model(family, tied)
-    ours = draw(model, MANY, n=1, limit=90, temperature=0, eos=ENDS, vocab=160, slots=3)
-    assert_generate_agrees(model, MANY, ours, 90, ENDS)
-
-
 def test_greedy_tokens_equal_generate_with_a_sliding_window():
     model = tiny_model("qwen2")
     config = model.config.to_dict() | {
@@ -95,17 +97,17 @@ def test_greedy_tokens_equal_generate_with_a_sliding_window():
     windowed.load_state_dict(model.state_dict())
     settings = {"n": 1, "limit": 40, "temperature": 0, "eos": ENDS, "vocab": 160, "slots": 4}
     ours = draw(windowed, MANY, **settings)
-    assert ours != draw(model, MANY, **settings)  # the window matters
+    assert texts(ours) != texts(draw(model, MANY, **settings))  # the window matters
     assert_generate_agrees(windowed, MANY, ours, 40, ENDS)
 
 
 def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     model = tiny_model("qwen2")
-    keys = [[rollout.row_key(i, s) for s in range(3)] for i in range(len(MANY))]
+    keys = [[sampling.row_key(i, s) for s in range(3)] for i in range(len(MANY))]
     limits = [5 + 9 * (i % 7) for i in range(len(MANY))]
 
     def check(order, **kw):
-        found = rollout.sample(Policy(model, None, TOKENS, ENDS), [MANY[i] for i in order], [keys[i] for i in order],
+        found = sampling.sample(Policy(model, None, TOKENS, ENDS), [MANY[i] for i in order], [keys[i] for i in order],
                                [limits[i] for i in order], **kw)
         found = [found[order.index(i)] for i in ordered]
         assert_same_texts(model, MANY, keys, expected or found, found)
@@ -136,8 +138,10 @@ def faulty(monkeypatch, model, fault: str) -> None:
             kw["position_ids"] = kw["position_ids"] + 1
         return forward(*args, **kw)
 
-    def late(batch, rows, lengths, *rest):
-        return add(batch, rows, [n - 1 if n > 1 else n for n in lengths], *rest)
+    def late(batch, rows, *rest):
+        add(batch, rows, *rest)
+        for row in rows:
+            row.start += len(row) > 1
 
     def other_key(keys, drawn):  # of rows that were put back
         return uniforms(torch.where(torch.as_tensor(drawn) > 9, keys + 1, keys), drawn)
@@ -205,16 +209,18 @@ def test_another_token_in_a_file_or_in_training_is_not_taken_for_rounding(tmp_pa
         same_draws(tmp_path / "x", tmp_path / "far")
 
 
-def test_logprobs_of_rows_that_were_put_back_equal_teacher_forced_ones(monkeypatch):
-    model = tiny_model("qwen3")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("budget", [0, 200])
+def test_logprobs_equal_teacher_forced_ones(monkeypatch, family, budget):
+    model = tiny_model(family)
     seen = watched(model, monkeypatch)
-    found = draw(model, PROMPTS, n=6, limit=60, eos=[1], slots=18, max_tokens=200)
-    assert seen["prefilled"] > 18
-    for p, samples in zip(PROMPTS, found):
-        for s in samples:
-            logits = model(torch.cat([p, torch.tensor(s.ids)])[None]).logits[0, len(p) - 1:-1, :TOKENS].log_softmax(-1)
-            expected = logits.gather(1, torch.tensor(s.ids)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)
+    found = draw(model, PROMPTS, n=6, limit=60, eos=[1, 60], slots=18, max_tokens=budget)
+    assert (seen["prefilled"] > 18) == (budget > 0)  # rows were put back
+    for p, s in ((p, s) for p, samples in zip(PROMPTS, found) for s in samples):
+        logits = model(torch.cat([p, torch.tensor(s.ids)])[None]).logits[0, len(p) - 1:-1, :TOKENS].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(s.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)
+        assert max(s.ids) < TOKENS and not {1, 60} & set(s.ids[:-1])
 
 
 def test_no_step_is_spent_on_a_finished_row_and_the_batch_stays_full(monkeypatch):
@@ -238,7 +244,7 @@ def test_an_iterator_is_asked_for_no_more_rows_than_fit():
             yield sampling.Row(PROMPTS[i % 3], i, 10, tag=i)
 
     finished = 0
-    for done in rollout.decode(Policy(model, None, TOKENS, [1]), rows(), slots=4):
+    for done in sampling.decode(Policy(model, None, TOKENS, [1]), rows(), slots=4):
         finished += len(done)
         assert taken <= finished + 4
     assert finished == taken == 20
@@ -252,45 +258,24 @@ def test_logits_that_are_not_numbers_are_an_error():
             draw(model, PROMPTS, temperature=temperature)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_logprobs_equal_teacher_forced_ones(family):
-    model = tiny_model(family)
-    for p, samples in zip(PROMPTS, draw(model, PROMPTS, n=6, limit=30, eos=[1, 60, 61, 62, 63])):
-        for s in samples:
-            logits = model(torch.cat([p, torch.tensor(s.ids)])[None]).logits[0, len(p) - 1:-1, :TOKENS].log_softmax(-1)
-            expected = logits.gather(1, torch.tensor(s.ids)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-4, rtol=0)
-            assert max(s.ids) < TOKENS
-            assert all(i not in (1, 60, 61, 62, 63) for i in s.ids[:-1])
-
-
-def test_text_does_not_depend_on_batch_neighbours_or_number_of_samples():
+def test_text_does_not_depend_on_the_number_of_samples_but_on_the_seed():
     model = tiny_model("qwen2")
-    together, keys = draw(model, PROMPTS, n=8, eos=[1, *range(60, 80)]), keys_of(PROMPTS, 8)
-    alone = [[rollout.sample(Policy(model, None, TOKENS, [1, *range(60, 80)]), [p], [[key]], [12])[0][0] for key in ks]
-             for p, ks in zip(PROMPTS, keys)]
-    assert_same_texts(model, PROMPTS, keys, together, alone)
-    few, many = draw(model, PROMPTS, n=3), [x[:3] for x in draw(model, PROMPTS, n=8)]
+    few, many = draw(model, PROMPTS, n=3, eos=ENDS), [x[:3] for x in draw(model, PROMPTS, n=8, eos=ENDS)]
     assert_same_texts(model, PROMPTS, keys_of(PROMPTS, 3), few, many)
     assert draw(model, PROMPTS, seed=1)[0][0].ids != draw(model, PROMPTS, seed=2)[0][0].ids
 
 
-def test_embeddings_as_prompt_equal_their_tokens():
-    model = tiny_model("qwen2")
+def test_embeddings_as_prompt():
+    model = tiny_model("qwen3", tied=False)
     embeds = [model.get_input_embeddings()(p).detach() for p in PROMPTS]
     assert_same_texts(model, PROMPTS, keys_of(PROMPTS), draw(model, embeds), draw(model, PROMPTS))
-
-
-def test_greedy_from_embeddings_equals_generate_with_inputs_embeds():
-    model = tiny_model("qwen3", tied=False)
-    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)) * 0.3
-    ours = draw(model, [x], n=1, limit=20, temperature=0, eos=[1], vocab=160)
-    assert_generate_agrees(model, [x], ours, 20, [1])
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)) * 0.3  # of no token
+    assert_generate_agrees(model, [x], draw(model, [x], n=1, limit=20, temperature=0, vocab=160), 20, [1])
 
 
 def test_limits_are_per_prompt():
     model = tiny_model("qwen2")
-    samples = rollout.sample(Policy(model, None, TOKENS, [1]), PROMPTS, [[1, 2], [3], [4]], [3, 9, 1])
+    samples = sampling.sample(Policy(model, None, TOKENS, [1]), PROMPTS, [[1, 2], [3], [4]], [3, 9, 1])
     assert [[len(s.ids) for s in x] for x in samples] == [[3, 3], [9], [1]]
     assert all(s.finish == "length" for x in samples for s in x)
 
@@ -298,8 +283,8 @@ def test_limits_are_per_prompt():
 def test_sample_frequencies_match_the_softmax():
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
     n = 20000
-    u = rollout.uniforms(torch.tensor([rollout.row_key("chi", i) for i in range(n)]), 3)
-    tokens, logprobs = rollout.draw(logits.expand(n, 12), u, 1.0, 0, 1.0)
+    u = sampling.uniforms(torch.tensor([sampling.row_key("chi", i) for i in range(n)]), 3)
+    tokens, logprobs = sampling.draw(logits.expand(n, 12), u, 1.0, 0, 1.0)
     p = logits[0].softmax(-1)
     counts = torch.bincount(tokens, minlength=12)
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
@@ -308,8 +293,8 @@ def test_sample_frequencies_match_the_softmax():
 
 
 def test_uniforms_are_uniform_and_independent_across_rows_and_positions():
-    keys = torch.tensor([rollout.row_key(0, i) for i in range(2000)])
-    u = torch.stack([rollout.uniforms(keys, t) for t in range(20)])
+    keys = torch.tensor([sampling.row_key(0, i) for i in range(2000)])
+    u = torch.stack([sampling.uniforms(keys, t) for t in range(20)])
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
     centred = u - 0.5
@@ -326,36 +311,29 @@ def test_uniforms_equal_splitmix64_in_whole_numbers():
             z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
             z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
             expected.append(((z ^ z >> 31) >> 40 & 0xFFFFFF) / 2**24)
-        assert rollout.uniforms(torch.tensor(keys), position).tolist() == expected
-        assert rollout.uniforms(torch.tensor(keys), torch.full((4,), position)).tolist() == expected
+        assert sampling.uniforms(torch.tensor(keys), position).tolist() == expected
+        assert sampling.uniforms(torch.tensor(keys), torch.full((4,), position)).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [1, 12, sampling.BLOCK, 3 * sampling.BLOCK + 7])
 def test_draw_is_the_inverse_of_the_cdf(size):
     g = torch.Generator().manual_seed(size)
     logits = (torch.randn(1, size, generator=g) * 3).masked_fill(torch.rand(1, size, generator=g) < 0.5, -torch.inf)
-    logits[0, size // 2] = 0  # one at least
+    logits[0, 0], logits[0, size // 2] = -torch.inf, 0  # not even u = 0 draws the first
     p = logits[0].double().softmax(-1)
     cdf = p.cumsum(-1)
     u = torch.cat([torch.linspace(0, 1, 4000)[:-1], torch.tensor([1 - 2**-24])])
-    token, logprob = rollout.draw(logits.expand(len(u), size), u, 1.0, 0, 1.0)
+    token, logprob = sampling.draw(logits.expand(len(u), size), u, 1.0, 0, 1.0)
     assert (p[token] > 0).all()
     assert (u <= cdf[token] + 1e-6).all() and (u >= cdf[token] - p[token] - 1e-6).all()
     torch.testing.assert_close(logprob.double(), p[token].log(), atol=1e-5, rtol=0)
-
-
-def test_a_zero_probability_token_is_never_drawn():
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    for u in (0.0, 0.49999, 0.5, 1 - 2**-24):
-        token, _ = rollout.draw(logits, torch.tensor([u]), 1.0, 0, 1.0)
-        assert token.item() == (1 if u < 0.5 else 3)
 
 
 def test_top_k_and_top_p_against_the_definition():
     g = torch.Generator().manual_seed(4)
     logits = torch.randn(50, 20, generator=g) * 2
     for k, p in [(3, 1.0), (0, 0.7), (5, 0.5), (0, 1e-9), (25, 1.0)]:
-        kept = rollout.filter_logits(logits, k, p).isfinite()
+        kept = sampling.filter_logits(logits, k, p).isfinite()
         for row, mask in zip(logits, kept):
             order = sorted(range(20), key=lambda i: -row[i])
             allowed = order[:k] if k else order
@@ -366,9 +344,9 @@ def test_top_k_and_top_p_against_the_definition():
 
 def test_checkpoint_sampling_settings_are_ignored():
     model = tiny_model("qwen2")
-    plain = draw(model, PROMPTS)
+    plain = texts(draw(model, PROMPTS))
     model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
-    assert draw(model, PROMPTS) == plain  # the same shapes, and so the same bits
+    assert texts(draw(model, PROMPTS)) == plain  # the same shapes, and so the same bits
 
 
 # --- prompts and problems ---------------------------------------------------------------------------------------------
@@ -387,14 +365,50 @@ def test_chat_and_plain_prompts(tmp_path):
         text(plain, messages)
 
 
+def problems_in(tmp_path, record: dict, *flags, **more) -> list[dict]:
+    (tmp_path / "d.jsonl").write_text(common.to_line(record))
+    return rollout.read_problems(str(tmp_path / "d.jsonl"), args_for(tmp_path, *flags), **more)
+
+
 def test_dapo_wrapper_is_replaced(tmp_path):
     wrapped = ("Solve the following math problem step by step. The last line of your response should be of the form "
                "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\n"
                "Note: x>0.\n\nRemember to put your answer on its own line after \"Answer:\".")
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"problem": wrapped, "answer": 3}) + "\n")
-    assert rollout.read_problems(str(path), args_for(tmp_path)) == [
+    assert problems_in(tmp_path, {"problem": wrapped, "answer": 3}) == [
         {"id": "1", "problem": "Find $x$.\n\nNote: x>0.", "answer": "3"}]
+
+
+@pytest.mark.parametrize("answer", [["3"], [], {"tests": [[1, 2]]}, True])
+def test_an_answer_may_be_any_json_value_for_a_verifier_of_ones_own(tmp_path, answer):
+    record = {"problem": "1+1?", "answer": answer}
+    own = ["--verifier", write_verifier(tmp_path / "v.py")]
+    assert problems_in(tmp_path, record, *own)[0]["answer"] == answer
+    with pytest.raises(common.UserError, match="d.jsonl: record 1: 'answer' is not a string or a number"):
+        problems_in(tmp_path, record)  # verifier.py would call every response wrong
+    with pytest.raises(common.UserError, match="'guide' is not a string"):
+        problems_in(tmp_path, record | {"guide": answer}, *own)
+
+
+@pytest.mark.parametrize("head,asks", [
+    ("response, answer", False), ("response, answer, tolerance=0.1", False), ("response, answer, **more", False),
+    ("response, answer, whole", True), ("response, answer, problem=None", True)])
+def test_the_other_fields_of_a_problem_travel(tmp_path, model_dir, head, asks):
+    """To zero_hit.jsonl always, and to a verifier, and with the rollouts, if it asks for them."""
+    record = {"name": "a", "question": "1+1?", "answer": {"2": 2}, "guide": "two", "limit": 3, "reward": "high"}
+    read_as = {"id": "a", "problem": "1+1?", "answer": {"2": 2}, "guide": "two", "limit": 3, "reward": "high"}
+    verifier = write_verifier(tmp_path / "v.py", f"def verify({head}):\n    open({str(tmp_path / 'log')!r}, 'a').write("
+                                                 "repr(locals()) + '\\n')\n")
+    (tmp_path / "d.jsonl").write_text(common.to_line(record))
+    args = rollout.get_args([*map(str, [
+        "--model", model_dir, "--data", tmp_path / "d.jsonl", "--id-key", "name", "--problem-key", "question", "-n", 2,
+        "--max-new-tokens", 4, "--device", "cpu", "--verifier", verifier, "--out", tmp_path / "o"])])
+    rollout.main(args)
+    for r, seen in zip(read(tmp_path / "o/rollouts.jsonl"), (tmp_path / "log").read_text().splitlines(), strict=True):
+        assert (r["answer"], r["guide"], r["reward"]) == ({"2": 2}, "two", 0)
+        assert r.get("problem_fields") == (read_as if asks else None)
+        assert (repr(read_as) in seen) == asks and repr({"2": 2}) in seen
+        assert rollout.judge(lambda response, answer, problem: problem == read_as, "x", r) == asks
+    assert read(tmp_path / "o/zero_hit.jsonl") == [read_as]
 
 
 # --- the stage as a script --------------------------------------------------------------------------------------------
@@ -442,8 +456,7 @@ def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir)
     calls = collections.Counter((tmp_path / "w.py.log").read_text().split())
     assert sum(calls.values()) == 24  # nothing twice
     assert 2 <= calls["0"] < calls["1"]
-    summary = json.loads((tmp_path / "b" / "summary.json").read_text())  # rank 0's bar shows the work of both
-    assert "24/24 [" in bar and f"pass {summary['pass_rate']:.3f}, zero-hit {summary['zero_hit']}/12]" in bar
+    assert re.search(r"24/24 \[.*, pass [01]\.\d{3}\]", bar)  # rank 0's bar counts the work of both
     same_rollouts(tmp_path / "a" / "rollouts.jsonl", tmp_path / "b" / "rollouts.jsonl")
 
 

@@ -21,18 +21,11 @@ from conftest import (
 import eval as evaluation
 import revise
 import rollout
-from helpers import common
+from helpers import common, sampling
 
 M = 2  # continuations: few, so that some failed rollouts are tried in vain
 # A quarter of the last characters pass: some prompts are zero-hit, some continuations are right, whatever the prefix
 QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
-
-
-def revised(out):
-    """The records of revised.jsonl, with the atoms and weights of their prefixes."""
-    records = read(out / "revised.jsonl")
-    stored = [revise.load_prefix(out, r) for r in records]
-    return [r | {"atoms": atoms.tolist(), "weights": weights} for r, (atoms, weights) in zip(records, stored)]
 
 
 def save(model, path):
@@ -44,32 +37,48 @@ def save(model, path):
 class World:
     """Rollouts of one model, and revise.py on them."""
 
-    def __init__(self, path, model_dir):
-        self.path, self.model_dir = path, model_dir
+    def __init__(self, path, model, saved):
+        self.path, self.model_dir, self.model = path, saved, model
+        self.W = model.get_input_embeddings().weight.detach()
         self.verifier = write_verifier(path / "v.py", QUARTER)
-        stage("rollout.py", "--model", model_dir, "--data", write_problems(path / "d.jsonl", 12), "-n", 4,
+        stage("rollout.py", "--model", saved, "--data", write_problems(path / "d.jsonl", 12), "-n", 4,
               "--out", path / "rollouts", "--max-new-tokens", 14, "--device", "cpu", "--verifier", self.verifier)
         self.rows = read(path / "rollouts" / "rollouts.jsonl")
         hit = {r["id"] for r in self.rows if r["reward"]}
         self.failed = [r for r in self.rows if r["id"] not in hit]
 
     def revise(self, out, *flags, **how):
-        return stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--out", out,
-                     "--device", "cpu", "--verifier", self.verifier, "--revise-tokens", 240, "--max-new-tokens", 14,
-                     "--continuations", M, *flags, **how)
+        """The records; None of a run that is to be killed."""
+        stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--out", out,
+              "--device", "cpu", "--verifier", self.verifier, "--revise-tokens", 240, "--max-new-tokens", 14,
+              "--continuations", M, *flags, **how)
+        return None if "kill_at" in how else read(out / "revised.jsonl")
+
+    def keys(self, r):
+        return [sampling.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
+
+    def assert_drawn_from(self, context, record):
+        """The continuations are what `sample` draws after context, token ids or embeddings."""
+        policy, limit = common.Policy(self.model, None, TOKENS, [1]), 14 - record["prefix_len"]
+        samples = sampling.sample(policy, [context], [self.keys(record)], [limit])[0]
+        for key, s, c in zip(self.keys(record), samples, record["continuations"], strict=True):
+            common_tokens(self.model, context, key, s.ids, c["ids"], where=(record["id"], record["sample"]))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, model_dir):
-    return World(tmp_path_factory.mktemp("world"), model_dir)
+    return World(tmp_path_factory.mktemp("world"), tiny_model("qwen2"), model_dir)
 
 
 @pytest.fixture(scope="module")
 def default(world):
     """The plain method: output folder, revised.jsonl, recovered.jsonl."""
     out = world.path / "default"
-    world.revise(out)
-    return out, revised(out), read(out / "recovered.jsonl")
+    return out, world.revise(out), read(out / "recovered.jsonl")
+
+
+def by_place(records):
+    return {(r["id"], r["sample"]): r for r in records}
 
 
 def literal_verify(text):
@@ -79,12 +88,10 @@ def literal_verify(text):
 # --- what the records say ---------------------------------------------------------------------------------------------
 def test_sec35_recovered_trajectories_verify_when_decoded_again(world, default):
     _, records, recovered = default
-    tokenizer = tiny_tokenizer()
     assert len(recovered) == sum(c["reward"] for r in records for c in r["continuations"]) > 0
-    of = {(r["id"], r["sample"]): r for r in world.failed}
     for t in recovered:
-        failed = of[t["id"], t["sample"]]
-        text = tokenizer.decode(t["response_ids"], skip_special_tokens=True)
+        failed = by_place(world.failed)[t["id"], t["sample"]]
+        text = tiny_tokenizer().decode(t["response_ids"], skip_special_tokens=True)
         assert text == t["response"] and literal_verify(text) and t["reward"] == 1
         assert max(t["response_ids"]) < TOKENS and len(t["response_ids"]) <= 14
         assert t["prefix_len"] == math.floor(0.8 * len(failed["response_ids"]))
@@ -92,99 +99,71 @@ def test_sec35_recovered_trajectories_verify_when_decoded_again(world, default):
         assert (t["response_ids"][-1] == 1) == (t["finish"] == "eos")
 
 
-def test_sec3_records_hold_the_cut_and_rebuild_the_soft_prefix_that_was_decoded(world, default):
-    model = tiny_model("qwen2")
-    W = model.get_input_embeddings().weight.detach()
-    of = {(r["id"], r["sample"]): r for r in world.failed}
+def test_sec3_records_hold_the_cut_and_replay_the_soft_prefix_that_was_decoded(world, default):
     for record in default[1]:
-        ids = of[record["id"], record["sample"]]["response_ids"]
+        ids = by_place(world.failed)[record["id"], record["sample"]]["response_ids"]
         n = math.floor(0.8 * len(ids))
         assert record["prefix_len"] == n and record["prefix_ids"] == ids[:n]
-        assert len(record["losses"]) == len(record["gaps"]) == len(record["gammas"]) == record["passes"] == 10
-        assert record["atoms"][0] == record["prefix_ids"] and len(record["atoms"]) == len(record["weights"]) == 11
+        assert len(record["losses"]) == len(record["gaps"]) == record["passes"] == 10
+        assert len(record["vertices"]) == 10 and all(len(v) == n for v in record["vertices"])
         assert record["gammas"] == [0.1 * 2 / (i + 1) for i in range(1, 11)] and min(record["gaps"]) >= 0
-        E = revise.soft_prefix(W, record["atoms"], record["weights"])
-        assert record["projected_ids"] == [int((W[:TOKENS] @ e).argmax()) for e in E]  # Eq. (8), brute force
+        E = revise.replay(world.W, record)
+        assert record["projected_ids"] == [int((world.W[:TOKENS] @ e).argmax()) for e in E]  # Eq. (8), brute force
         assert record["kept"] == sum(map(int.__eq__, record["prefix_ids"], record["projected_ids"])) / n
-        keys = [rollout.row_key(0, record["id"], record["sample"], "revised", m) for m in range(M)]
-        x = torch.cat([W[record["prompt_ids"]], E])
-        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [x], [keys], [14 - n])[0]
-        assert len(samples) == len(record["continuations"])
-        for key, s, c in zip(keys, samples, record["continuations"]):
-            common_tokens(model, x, key, s.ids, c["ids"], where=(record["id"], record["sample"]))
+        world.assert_drawn_from(torch.cat([world.W[record["prompt_ids"]], E]), record)
         assert record["recovered"] == any(c["reward"] for c in record["continuations"])
         # Sec. 3.5: a trajectory counts when the continuation is right after the soft prefix and after its projection
-        tokenizer = tiny_tokenizer()
         for c in record["continuations"]:
-            soft, hard = (literal_verify(tokenizer.decode(p + c["ids"], skip_special_tokens=True))
+            soft, hard = (literal_verify(tiny_tokenizer().decode(p + c["ids"], skip_special_tokens=True))
                           for p in (record["prefix_ids"], record["projected_ids"]))
             assert (c["soft_reward"], c["reward"]) == (int(soft), int(soft and hard))
 
 
 def test_sec35_a_trajectory_counts_only_if_it_is_right_after_its_projection_too(tmp_path, world):
     """Here the whole text decides, so that changed prefix tokens can make a right continuation wrong."""
-    whole = write_verifier(
+    even = write_verifier(
         tmp_path / "v.py", "def verify(response, gold):\n    return sum(map(ord, response)) % 2 == 0\n")
-    world.revise(tmp_path / "o", "--verifier", whole, "--gamma0", 0.5, "--continuations", 8, "--attempts", 1)
-    found = [c for r in revised(tmp_path / "o") for c in r["continuations"]]
+    records = world.revise(tmp_path / "o", "--verifier", even, "--gamma0", 0.5, "--continuations", 8, "--attempts", 1)
+    found = [c for r in records for c in r["continuations"]]
     assert all(c["reward"] == int(c["soft_reward"] and sum(map(ord, c["response"])) % 2 == 0) for c in found)
     assert {(c["soft_reward"], c["reward"]) for c in found} == {(0, 0), (1, 0), (1, 1)}
     assert len(read(tmp_path / "o" / "recovered.jsonl")) == sum(c["reward"] for c in found)
 
 
 def test_failed_rollouts_of_a_prompt_are_tried_in_turn_until_one_is_recovered(world, default):
-    tried = {}
-    for r in default[1]:
-        tried.setdefault(r["id"], []).append(r)
-    order = {}
-    for r in world.failed:
-        order.setdefault(r["id"], []).append(r["sample"])
+    tried, order = {}, {}
+    for rows, groups in ((default[1], tried), (world.failed, order)):
+        for r in rows:
+            groups.setdefault(r["id"], []).append(r)
     assert list(tried) == list(order)  # every zero-hit prompt, in the order of the data
     for name, records in tried.items():
-        assert [r["sample"] for r in records] == order[name][:len(records)]
+        assert [r["sample"] for r in records] == [r["sample"] for r in order[name]][:len(records)]
         assert not any(r["recovered"] for r in records[:-1])
         assert records[-1]["recovered"] or len(records) == len(order[name])
     assert max(map(len, tried.values())) > 1 and any(records[-1]["recovered"] for records in tried.values())
-    summary = json.loads((default[0] / "summary.json").read_text())
-    assert summary == {"zero_hit": len(order), "tried": len(default[1]), "skipped_too_short": 0,
-                       "recovered_prompts": len({r["id"] for r in default[1] if r["recovered"]}),
-                       "recovered_trajectories": len(default[2])}
+    assert json.loads((default[0] / "summary.json").read_text()) == {
+        "zero_hit": len(order), "tried": len(default[1]), "skipped_too_short": 0,
+        "recovered_prompts": len({r["id"] for r in default[1] if r["recovered"]}),
+        "recovered_trajectories": len(default[2])}
 
 
 # --- the same files however it is run ---------------------------------------------------------------------------------
-def assert_close(a, b, path="", floats=("losses", "gaps")):
-    """Equal but for the last digits of the floats named."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for k in a:
-            assert_close(a[k], b[k], f"{path}.{k}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_close(x, y, f"{path}[{i}]")
-    elif any(f".{f}[" in path for f in floats):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-4), path
-    else:
-        assert a == b, path
-
-
 @pytest.mark.parametrize("tokens", [1, 480])
 def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens):
-    world.revise(tmp_path / "o", "--revise-tokens", tokens)
-    model, found = tiny_model("qwen2"), revised(tmp_path / "o")
-    W, other = model.get_input_embeddings().weight.detach(), set()  # prompts of which a draw fell on the other side
-    mine, theirs = ({(r["id"], r["sample"]): r for r in records} for records in (found, default[1]))
+    found = world.revise(tmp_path / "o", "--revise-tokens", tokens)
+    mine, theirs, other = by_place(found), by_place(default[1]), set()  # prompts of which a draw fell on the other side
     for place in mine.keys() & theirs.keys():
         a, b = mine[place], theirs[place]
-        keys = [rollout.row_key(0, *place, "revised", m) for m in range(M)]
-        x = torch.cat([W[b["prompt_ids"]], revise.soft_prefix(W, b["atoms"], b["weights"])])
-        for key, c, d in zip(keys, a["continuations"], b["continuations"]):
-            common_tokens(model, x, key, c["ids"], d["ids"], where=place)
-        if any(c["ids"] != d["ids"] for c, d in zip(a["continuations"], b["continuations"])):
-            other.add(a["id"])
+        x = torch.cat([world.W[b["prompt_ids"]], revise.replay(world.W, b)])
+        for key, c, d in zip(world.keys(b), a["continuations"], b["continuations"]):
+            common_tokens(world.model, x, key, c["ids"], d["ids"], where=place)
+            other |= {a["id"]} if c["ids"] != d["ids"] else set()
     rest = lambda records: [r for r in records if r["id"] not in other]  # whose further attempts may differ as well
-    assert_close(rest(found), rest(default[1]))
+    for a, b in zip(rest(found), rest(default[1]), strict=True):
+        for floats in ("losses", "gaps"):  # their last digits may differ
+            x, y = torch.tensor(a.pop(floats)), torch.tensor(b[floats])
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        assert a == {k: v for k, v in b.items() if k not in ("losses", "gaps")}
     assert rest(read(tmp_path / "o" / "recovered.jsonl")) == rest(default[2]) and len(other) < 3
 
 
@@ -210,7 +189,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, world, default, kill
 
 
 def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, default):
-    lines = [common.to_line({k: v for k, v in r.items() if k != "prefix_file"}).encode() for r in default[1]]
+    lines = [common.to_line(r).encode() for r in default[1]]
     out = tmp_path / "o"
     out.mkdir()
     (out / "run.json").write_bytes((default[0] / "run.json").read_bytes())
@@ -219,57 +198,44 @@ def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, defa
     assert_same_folder(default[0], out)
 
 
-# --- controls ---------------------------------------------------------------------------------------------------------
-def test_control_hard_prefix_continues_the_unrevised_tokens(tmp_path, world):
-    world.revise(tmp_path / "o", "--from", "hard-prefix", "--attempts", 1)
-    model, records = tiny_model("qwen2"), revised(tmp_path / "o")
-    for r in records:
-        assert (r["atoms"] == [r["prefix_ids"]] and r["losses"] == [] and r["projected_ids"] == r["prefix_ids"]
-                and r["kept"] == 1)
-        keys = [rollout.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
-        context = torch.tensor(r["prompt_ids"] + r["prefix_ids"])
-        samples = rollout.sample(common.Policy(model, None, TOKENS, [1]), [context], [keys], [14 - r["prefix_len"]])[0]
-        assert len(samples) == len(r["continuations"])
-        for key, s, c in zip(keys, samples, r["continuations"]):
-            common_tokens(model, context, key, s.ids, c["ids"], where=(r["id"], r["sample"]))
+# --- controls and choices ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def pairs(tmp_path, world, default):
+    """A function of flags: the first attempt at every prompt with them, beside the plain method's."""
+    def run(*flags):
+        theirs = by_place(default[1])
+        found = world.revise(tmp_path / "o", "--attempts", 1, *flags)
+        assert [r["id"] for r in found] == list(dict.fromkeys(r["id"] for r in world.failed))
+        return [(r, theirs[r["id"], r["sample"]]) for r in found]
+    return run
 
 
-def test_control_scratch_samples_anew_from_the_prompt(tmp_path, world):
-    world.revise(tmp_path / "o", "--from", "scratch", "--attempts", 1)
-    records = revised(tmp_path / "o")
-    assert len(records) == len({r["id"] for r in world.failed})
-    first = {(r["id"], r["sample"]): r["response_ids"] for r in world.rows}
-    for r in records:
-        assert r["prefix_len"] == 0 and r["prefix_ids"] == r["projected_ids"] == [] and r["atoms"] == [[]]
-        assert all(c["ids"] != first[r["id"], r["sample"]] for c in r["continuations"])  # other random numbers
+def test_control_no_steps_continues_the_unrevised_tokens(world, pairs):
+    for r, _ in pairs("--revision-steps", 0):
+        assert r["losses"] == r["gaps"] == r["gammas"] == r["vertices"] == [] and r["passes"] == 0
+        assert r["projected_ids"] == r["prefix_ids"] and r["kept"] == 1 and list(r["curve"]) == ["0"]
+        world.assert_drawn_from(torch.tensor(r["prompt_ids"] + r["prefix_ids"]), r)
 
 
-def test_control_random_vertices_take_the_same_steps_in_other_directions(tmp_path, world, default):
-    world.revise(tmp_path / "o", "--vertices", "random", "--attempts", 1)
-    theirs = {(r["id"], r["sample"]): r for r in default[1]}
-    for r in revised(tmp_path / "o"):
-        other = theirs[r["id"], r["sample"]]
+def test_control_random_vertices_take_the_same_steps_in_other_directions(pairs):
+    for r, other in pairs("--vertices", "random"):
         assert r["gammas"] == other["gammas"] and r["losses"] == r["gaps"] == [] and r["passes"] == 0
-        assert all(a != b for a, b in zip(r["atoms"][1:], other["atoms"][1:]))
-        assert len({tuple(a) for a in r["atoms"][1:]}) == 10 and max(map(max, r["atoms"])) < TOKENS
+        assert all(a != b for a, b in zip(r["vertices"], other["vertices"], strict=True))
+        assert len({tuple(v) for v in r["vertices"]}) == 10 and max(map(max, r["vertices"])) < TOKENS
 
 
-def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(tmp_path, world, default):
-    world.revise(tmp_path / "o", "--gold", "permuted", "--attempts", 1)
-    records, theirs = revised(tmp_path / "o"), {(r["id"], r["sample"]): r for r in default[1]}
+def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(world, pairs):
     golds = {r["id"]: r["answer"] for r in world.rows}
-    for r in records:
-        other = theirs[r["id"], r["sample"]]
+    for r, other in pairs("--gold", "permuted"):
         assert r["answer"] == golds[r["id"]] != r["guide_answer"] and r["guide_answer"] in golds.values()
-        explore, guide, nll = r["losses"][0]
-        assert [explore, nll] == pytest.approx([other["losses"][0][0], other["losses"][0][2]], rel=1e-4)
-        assert guide != pytest.approx(other["losses"][0][1], rel=1e-4)
+        (explore, guide, nll), theirs = r["losses"][0], other["losses"][0]
+        assert [explore, nll] == pytest.approx([theirs[0], theirs[2]], rel=1e-4)
+        assert guide != pytest.approx(theirs[1], rel=1e-4)
         assert all(c["guide_reward"] == literal_verify(c["response"]) for c in r["continuations"])
 
 
 def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
-    world.revise(tmp_path / "o", "--record-every", 2)
-    records = revised(tmp_path / "o")
+    records = world.revise(tmp_path / "o", "--record-every", 2)
     assert [{**r, "curve": r["curve"]["10"]} for r in records] == [{**r, "curve": r["curve"]["10"]} for r in default[1]]
     for r in records:
         assert list(r["curve"]) == ["0", "2", "4", "6", "8", "10"]
@@ -277,103 +243,75 @@ def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
         assert r["curve"]["10"]["rewards"] == [c["soft_reward"] for c in r["continuations"]]
 
 
-def test_mean_reduction_weighs_the_terms_by_their_lengths(tmp_path, world, default):
-    world.revise(tmp_path / "o", "--reduction", "mean", "--attempts", 1)
-    theirs = {(r["id"], r["sample"]): r for r in default[1]}
-    records = revised(tmp_path / "o")
-    for r in records:  # what is reported stays the sum
-        assert r["losses"][0] == pytest.approx(theirs[r["id"], r["sample"]]["losses"][0], rel=1e-4)
-    assert any(r["atoms"] != theirs[r["id"], r["sample"]]["atoms"] for r in records)
+def test_mean_reduction_reports_sums_and_moves_elsewhere(pairs):
+    found = pairs("--reduction", "mean")
+    assert all(r["losses"][0] == pytest.approx(other["losses"][0], rel=1e-4) for r, other in found)
+    assert any(r["vertices"] != other["vertices"] for r, other in found)
 
 
 def test_min_logprob_keeps_what_is_likely_after_the_projected_prefix(tmp_path, world, default):
-    model = tiny_model("qwen2")
-
     def likely(r, c):
         ids = r["prompt_ids"] + r["projected_ids"]
-        logp = model(torch.tensor([ids + c["ids"]])).logits[0, len(ids) - 1:-1].log_softmax(-1)
+        logp = world.model(torch.tensor([ids + c["ids"]])).logits[0, len(ids) - 1:-1].log_softmax(-1)
         return float(logp.detach().gather(1, torch.tensor(c["ids"])[:, None]).mean())
 
-    right = [likely(r, c) for r in default[1] for c in r["continuations"] if c["reward"]]
-    least = sorted(right)[len(right) // 2]
-    world.revise(tmp_path / "o", "--min-logprob", least - 1e-4)
-    found = [(c, likely(r, c)) for r in revised(tmp_path / "o") for c in r["continuations"] if "logprob" in c]
+    right = sorted(likely(r, c) for r in default[1] for c in r["continuations"] if c["reward"])
+    least = right[len(right) // 2] - 1e-4
+    records = world.revise(tmp_path / "o", "--min-logprob", least)
+    found = [(c, likely(r, c)) for r in records for c in r["continuations"] if "logprob" in c]
     assert all(c["logprob"] == pytest.approx(value, abs=1e-4) for c, value in found)
-    assert (all(c["reward"] == (c["logprob"] >= least - 1e-4) for c, _ in found)
-            and len({c["reward"] for c, _ in found}) == 2)
-    kept = read(tmp_path / "o" / "recovered.jsonl")
-    assert len(kept) == sum(c["reward"] for c, _ in found)
+    assert all(c["reward"] == (c["logprob"] >= least) for c, _ in found) and len({c["reward"] for c, _ in found}) == 2
+    assert len(read(tmp_path / "o" / "recovered.jsonl")) == sum(c["reward"] for c, _ in found)
     # what is dropped is not recovered: further rollouts of the prompt are tried
-    assert len(revised(tmp_path / "o")) > len(default[1])
+    assert len(records) > len(default[1])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_eq8_other_projections_equal_brute_force(tmp_path, world, metric):
-    world.revise(tmp_path / "o", "--projection", metric, "--attempts", 1, "--gamma0", 0.5)
-    W = tiny_model("qwen2").get_input_embeddings().weight.detach()[:TOKENS]
-    records = revised(tmp_path / "o")
-    for r in records:
-        E = revise.soft_prefix(W, r["atoms"], r["weights"])
+def test_eq8_other_projections_equal_brute_force(world, pairs, metric):
+    W, found = world.W[:TOKENS], [r for r, _ in pairs("--projection", metric, "--gamma0", 0.5)]
+    for r in found:
+        E = revise.replay(W, r)
         cosine = torch.nn.functional.cosine_similarity(E[:, None], W[None], dim=-1)
         score = cosine if metric == "cosine" else -torch.cdist(E, W)
         assert r["projected_ids"] == score.argmax(-1).tolist()
-    assert any(r["kept"] < 1 for r in records)
+    assert any(r["kept"] < 1 for r in found)
 
 
-def test_vertex_rows_text_leaves_out_special_tokens(tmp_path, world):
-    world.revise(tmp_path / "o", "--vertex-rows", "text", "--attempts", 1)
+def test_vertex_rows_text_leaves_out_special_tokens(pairs):
     special = set(tiny_tokenizer().all_special_ids)
     assert special == {0, 1}
-    for r in revised(tmp_path / "o"):
-        assert not special & {v for atom in r["atoms"][1:] for v in atom} and not special & set(r["projected_ids"])
+    for r, _ in pairs("--vertex-rows", "text"):
+        assert not special & {v for step in r["vertices"] for v in step} and not special & set(r["projected_ids"])
 
 
-def test_prompts_without_a_failure_leave_empty_files(tmp_path, model_dir):
-    always = write_verifier(tmp_path / "v.py", "def verify(response, gold):\n    return True\n")
-    common_flags = ["--model", model_dir, "--device", "cpu", "--verifier", always, "--max-new-tokens", 4]
-    stage("rollout.py", *common_flags, "--data", write_problems(tmp_path / "d.jsonl"), "-n", 2, "--out", tmp_path / "r")
-    assert (tmp_path / "r" / "zero_hit.jsonl").read_text() == ""
-    result = stage("revise.py", *common_flags, "--rollouts", tmp_path / "r", "--out", tmp_path / "o")
-    assert "0 of 0 zero-hit prompts" in result.stdout
+@pytest.mark.parametrize("passes,tokens,zero,short", [(True, 4, 0, 0), (False, 1, 0, 10)],
+                         ids=["no-failure", "one-token"])
+def test_prompts_without_a_rollout_to_revise_leave_empty_files(tmp_path, model_dir, passes, tokens, zero, short):
+    verifier = write_verifier(tmp_path / "v.py", f"def verify(response, gold):\n    return {passes}\n")
+    flags = ["--model", model_dir, "--device", "cpu", "--verifier", verifier]
+    stage("rollout.py", *flags, "--data", write_problems(tmp_path / "d.jsonl"), "-n", 2, "--max-new-tokens", tokens,
+          "--out", tmp_path / "r")
+    result = stage("revise.py", *flags, "--rollouts", tmp_path / "r", "--out", tmp_path / "o")
+    assert f"0 of {zero} zero-hit prompts" in result.stdout and f"{short} too short to cut" in result.stdout
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["skipped_too_short"] == short
     assert (tmp_path / "o" / "revised.jsonl").read_text() == (tmp_path / "o" / "recovered.jsonl").read_text() == ""
 
 
-def test_rollouts_of_one_token_are_skipped_and_counted(tmp_path, model_dir):
-    never = write_verifier(tmp_path / "v.py", "def verify(response, gold):\n    return False\n")
-    common_flags = ["--model", model_dir, "--device", "cpu", "--verifier", never]
-    stage("rollout.py", *common_flags, "--data", write_problems(tmp_path / "d.jsonl"), "-n", 2,
-          "--max-new-tokens", 1, "--out", tmp_path / "r")
-    result = stage("revise.py", *common_flags, "--rollouts", tmp_path / "r", "--out", tmp_path / "o")
-    assert "10 too short to cut" in result.stdout
-    assert json.loads((tmp_path / "o" / "summary.json").read_text())["skipped_too_short"] == 10
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    path = tmp_path_factory.mktemp("untied")
-    return World(path, save(tiny_model("qwen3", tied=False, seed=4), path / "model"))
-
-
-def test_an_untied_qwen3_goes_through_every_stage(tmp_path, untied):
+def test_an_untied_qwen3_goes_through_every_stage(tmp_path):
     """Vertices are rows of the input embedding, not of the head."""
-    untied.revise(tmp_path / "o")
-    W = tiny_model("qwen3", tied=False, seed=4).get_input_embeddings().weight.detach()[:TOKENS]
-    for r in revised(tmp_path / "o"):
-        E = revise.soft_prefix(W, r["atoms"], r["weights"])
-        assert r["projected_ids"] == (E @ W.T).argmax(-1).tolist()
-    recovered = tmp_path / "o" / "recovered.jsonl"
-    assert recovered.read_text()
-    stage("train_sft.py", "--model", untied.model_dir, "--data", recovered, "--steps", 2, "--batch-size", 4,
-          "--device", "cpu",
-          "--out", tmp_path / "sft")
-    stage("train_grpo.py", "--model", tmp_path / "sft" / "model", "--data",
-          untied.path / "rollouts" / "zero_hit.jsonl", "--steps", 1,
-          "--batch-size", 3, "--group-size", 4, "--max-new-tokens", 10, "--revise", "--device", "cpu", "--out",
-          tmp_path / "grpo",
-          "--verifier", untied.verifier)
-    result = stage("eval.py", "--model", untied.model_dir, tmp_path / "grpo" / "model",
-                   "--data", untied.path / "d.jsonl", "-n", 2, "--k", 1,
-                   "--max-new-tokens", 6, "--device", "cpu", "--verifier", untied.verifier, "--out", tmp_path / "eval")
+    model = tiny_model("qwen3", tied=False, seed=4)
+    world = World(tmp_path, model, save(model, tmp_path / "model"))
+    for r in world.revise(tmp_path / "o"):
+        assert r["projected_ids"] == (revise.replay(world.W, r) @ world.W[:TOKENS].T).argmax(-1).tolist()
+    assert (tmp_path / "o" / "recovered.jsonl").read_text()
+    sampled = ["--device", "cpu", "--verifier", world.verifier]
+    stage("train_sft.py", "--model", world.model_dir, "--data", tmp_path / "o" / "recovered.jsonl", "--steps", 2,
+          "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "sft")
+    stage("train_grpo.py", "--model", tmp_path / "sft" / "model", "--data", tmp_path / "rollouts" / "zero_hit.jsonl",
+          "--steps", 1, "--batch-size", 3, "--group-size", 4, "--max-new-tokens", 10, "--revise", *sampled,
+          "--out", tmp_path / "grpo")
+    result = stage("eval.py", "--model", world.model_dir, tmp_path / "grpo" / "model", "--data", tmp_path / "d.jsonl",
+                   "-n", 2, "--k", 1, "--max-new-tokens", 6, *sampled, "--out", tmp_path / "eval")
     assert "| grpo-model |" in result.stdout.replace("| model |", "| grpo-model |", 1)
 
 

@@ -1,44 +1,140 @@
-"""The toy world: its texts slip as stated, its sets are disjoint,
-its tokenizer and base model are what the stages need."""
+"""What both toy worlds promise: sets that are disjoint and a function of the seed, a tokenizer and a base model as the
+stages need them; and the first world: its texts slip as stated. test_toy_words.py has the second."""
 import json
 import random
 import re
-from pathlib import Path
+from functools import cache
+from itertools import chain
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toy import sums as toy
+from toy import words
 from verifier import verify
 
-SHIPPED = Path(__file__).parent.parent / "toy/sums_model"
+SHIPPED = ROOT / "toy/sums_model"
+BOTH = pytest.mark.parametrize("world", [toy, words], ids=["sums", "words"])
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toy.build_tokenizer(toy)
+@cache
+def tokenizer_of(world):
+    return toy.build_tokenizer(world)
 
 
-@pytest.fixture(scope="module")
-def examples():
+@cache
+def examples_of(world):
     rng = random.Random(0)
-    return [toy.draw_example(toy, rng) for _ in range(2500)]
+    return [toy.draw_example(world, rng) for _ in range(2500)]
 
 
-@pytest.fixture(scope="module")
-def sets():
-    return toy.problem_sets(toy, 0)
+@cache
+def sets_of(world):
+    return toy.problem_sets(world, 0)
 
 
 def steps(text: str) -> list[list[tuple[int, ...]]]:
-    return [[tuple(map(int, m.groups())) for m in chain] for chain in toy.passes(text)]
+    return [[tuple(map(int, m.groups())) for m in one] for one in toy.passes(text)]
 
 
-# --- the texts -------------------------------------------------------------------------------------------------------
-def test_first_pass_forgets_carries_at_the_stated_rate(examples):
-    crossing = [(a, b, c) for _, text in examples for a, b, c in steps(text)[0] if a % 10 + b >= 10]
-    plain = [(a, b, c) for _, text in examples for a, b, c in steps(text)[0] if a % 10 + b < 10]
+def check_pair(world, model, tokenizer, text):
+    """What every stage relies on, of a world's model and tokenizer that were read from a folder."""
+    made = tokenizer_of(world)
+    assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
+    text += toy.INSTRUCTION
+    assert (tokenizer(text)["input_ids"] == made(text)["input_ids"]
+            and tokenizer.decode(tokenizer(text)["input_ids"]) == text)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (toy.EOS, toy.PAD)
+    weight = model.get_input_embeddings().weight
+    assert weight is model.get_output_embeddings().weight and weight.dtype == torch.float32
+    assert len(tokenizer) < weight.shape[0] == model.config.vocab_size
+    assert model.config.max_position_embeddings >= 1024
+    generation = model.generation_config
+    assert tokenizer.eos_token_id in generation.eos_token_id and generation.pad_token_id == tokenizer.pad_token_id
+    assert (generation.temperature, generation.top_k, generation.top_p) == (1.0, 0, 1.0)
+    assert not generation.repetition_penalty or generation.repetition_penalty == 1.0
+
+
+# --- both worlds ------------------------------------------------------------------------------------------------------
+@BOTH
+def test_requests_are_followed_by_a_sound_second_pass(world):
+    examples = examples_of(world)
+    asked = [(m, t) for m, t in examples if any(r in m for r in toy.REQUESTS)]
+    assert abs(len(asked) / len(examples) - toy.ASKED) < 4 * (toy.ASKED * (1 - toy.ASKED) / len(examples)) ** 0.5
+    assert all(len(toy.passes(t, world)) == 2 and world.has_reflection(t) and world.is_sound(m, t) for m, t in asked)
+    other = [t for m, t in examples if not any(r in m for r in toy.REQUESTS)]
+    assert sum(map(world.has_reflection, other)) / len(other) < 5 * toy.UNASKED
+    assert {t.count("\\boxed{") for _, t in asked} == {1, 2}  # the doubt comes before the box or after it
+    assert sum("\n" in m or toy.INSTRUCTION in m for m, _ in examples) / len(examples) < 1.3 * toy.INSTRUCTED
+
+
+@BOTH
+def test_texts_are_a_function_of_the_seed(world):
+    first, again, other = (next(toy.batches(world, tokenizer_of(world), seed, 1, 8))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+@BOTH
+def test_sets_have_their_sizes_and_are_as_hard_as_they_say(world):
+    sets = sets_of(world)
+    assert {k: len(v) for k, v in sets.items()} == {"train": 2000, "hard": 600, "test_hard": 400, "test_easy": 400}
+    assert all(len({r["id"] for r in records}) == len(records) for records in sets.values())
+    assert all(r[world.DIFFICULTY] >= 4 for name in ("hard", "test_hard") for r in sets[name])
+    assert all(r[world.DIFFICULTY] <= 2 for r in sets["test_easy"])
+
+
+@BOTH
+def test_sets_and_training_texts_are_disjoint(world):
+    by_set = {name: {r["problem"] for r in records} for name, records in sets_of(world).items()}
+    assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
+    texts = {m.split("?")[0] + "?" for m, _ in examples_of(world)}
+    assert {toy.split_of(t) for t in texts} == {"base"}
+    for name, records in chain(sets_of(world).items(), toy.problem_sets(world, 1).items()):
+        assert {toy.split_of(r["problem"]) for r in records} == {name}
+
+
+@BOTH
+def test_data_command_writes_the_same_files_twice(tmp_path, monkeypatch, world):
+    few = lambda world, seed: {"few": toy.draw_problems(world, seed, "train", 20, 0, 9)}
+    monkeypatch.setattr(toy, "problem_sets", few)
+    for out, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        world.main(world.get_args(["data", "--out", str(tmp_path / out), "--seed", seed]))
+    a, b, c = ((tmp_path / out / "few.jsonl").read_text() for out in "abc")
+    assert a == b != c
+    assert set(json.loads(a.splitlines()[0])) == {"id", "problem", "answer", world.DIFFICULTY}
+
+
+@BOTH
+def test_tokenizer_round_trips_every_text(world):
+    tokenizer = tokenizer_of(world)
+    for s in chain(*examples_of(world), (r["problem"] for r in sets_of(world)["train"])):
+        ids = tokenizer(s)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == s == "".join(tokenizer.decode([i]) for i in ids)
+
+
+@BOTH
+def test_training_from_nothing_writes_a_folder_that_loads(tmp_path, world):
+    argv = ["train", "--steps", "3", "--batch", "8", "--prompts", "0", "--seed", "7"]
+    for out in ("a", "b"):
+        world.main(world.get_args([*argv, "--out", str(tmp_path / out)]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+    check_pair(world, model, AutoTokenizer.from_pretrained(tmp_path / "a"), examples_of(world)[0][1])
+    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert run["parameters"] == sum(p.numel() for p in model.parameters())
+    assert run["command"].startswith(f"python -m {world.__name__} train ")
+    world.main(world.get_args(["check", "--model", str(tmp_path / "a"), "--prompts", "1", "--n", "1"]))
+
+
+# --- the texts of the first world -------------------------------------------------------------------------------------
+def test_first_pass_forgets_carries_at_the_stated_rate():
+    crossing = [(a, b, c) for _, text in examples_of(toy) for a, b, c in steps(text)[0] if a % 10 + b >= 10]
+    plain = [(a, b, c) for _, text in examples_of(toy) for a, b, c in steps(text)[0] if a % 10 + b < 10]
     assert len(crossing) > 4000
     assert all(c == a + b for a, b, c in plain)
     assert all(c in (a + b, a + b - 10) for a, b, c in crossing)
@@ -62,72 +158,16 @@ def test_first_pass_misreads_addends_at_the_stated_rate():
     assert abs(sum(b != 5 for b in read) / len(read) - expected) < 4 * (expected / len(read)) ** 0.5
 
 
-def test_requests_are_followed_by_a_clean_second_pass(examples):
-    asked = [(m, t) for m, t in examples if any(r in m for r in toy.REQUESTS)]
-    assert abs(len(asked) / len(examples) - toy.ASKED) < 0.03
-    assert all(len(steps(t)) == 2 and toy.has_reflection(t) and toy.is_sound(m, t) for m, t in asked)
-    other = [t for m, t in examples if not any(r in m for r in toy.REQUESTS)]
-    assert sum(toy.has_reflection(t) for t in other) / len(other) < 5 * toy.UNASKED
-    assert sum("\n" in m or toy.INSTRUCTION in m for m, _ in examples) / len(examples) < 1.3 * toy.INSTRUCTED
+def test_sets_are_right():
+    for r in chain(*sets_of(toy).values()):
+        ns = list(map(int, re.findall(r"\d+", r["problem"])))
+        assert r["answer"] == str(sum(ns)) and sum(ns) < 100
+        assert r["carries"] == sum(sum(ns[:i]) // 10 < sum(ns[: i + 1]) // 10 for i in range(1, len(ns)))
 
 
-def test_both_places_of_the_second_pass_occur(examples):
-    boxes = {t.count("\\boxed{") for _, t in examples if len(steps(t)) == 2}
-    assert boxes == {1, 2}
+def test_numbers_words_and_templates_are_whole_tokens():
+    tokenizer = tokenizer_of(toy)
 
-
-def test_texts_are_a_function_of_the_seed(tokenizer):
-    first, again, other = (next(toy.batches(toy, tokenizer, seed, 1, 8))[0] for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert first.shape != other.shape or not torch.equal(first, other)
-
-
-# --- the problem sets ------------------------------------------------------------------------------------------------
-def test_sets_are_right_and_as_hard_as_they_say(sets):
-    sizes = {name: len(records) for name, records in sets.items()}
-    assert sizes == {"train": 2000, "hard": 600, "test_hard": 400, "test_easy": 400}
-    for records in sets.values():
-        assert len({r["id"] for r in records}) == len(records)
-        for r in records:
-            ns = list(map(int, re.findall(r"\d+", r["problem"])))
-            assert r["answer"] == str(sum(ns)) and sum(ns) < 100
-            assert r["carries"] == sum(sum(ns[:i]) // 10 < sum(ns[: i + 1]) // 10 for i in range(1, len(ns)))
-    assert all(r["carries"] >= 4 for name in ("hard", "test_hard") for r in sets[name])
-    assert all(r["carries"] <= 2 for r in sets["test_easy"])
-
-
-def test_sets_and_training_texts_are_disjoint(sets, examples):
-    problems = [r["problem"] for seed in (0, 1)
-                for name, rs in (sets if not seed else toy.problem_sets(toy, 1)).items() for r in rs]
-    by_set = {name: {r["problem"] for r in records} for name, records in sets.items()}
-    assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
-    texts = {m.split("?")[0] + "?" for m, _ in examples}
-    assert not texts & set(problems)
-    assert {toy.split_of(t) for t in texts} == {"base"}
-    for name, problems in by_set.items():
-        assert {toy.split_of(p) for p in problems} == {name}
-
-
-def test_data_command_writes_the_same_files_twice(tmp_path):
-    for out in ("a", "b"):
-        toy.main(toy.get_args(["data", "--out", str(tmp_path / out), "--seed", "3"]))
-    for name in ("train", "hard", "test_hard", "test_easy"):
-        text = (tmp_path / "a" / f"{name}.jsonl").read_text()
-        assert text == (tmp_path / "b" / f"{name}.jsonl").read_text()
-        assert set(json.loads(text.splitlines()[0])) == {"id", "problem", "answer", "carries"}
-
-
-# --- tokenizer -------------------------------------------------------------------------------------------------------
-def test_tokenizer_round_trips_every_text(tokenizer, examples):
-    for message, text in examples:
-        for s in (message, text):
-            ids = tokenizer(s)["input_ids"]
-            assert tokenizer.unk_token_id not in ids
-            assert tokenizer.decode(ids) == s
-            assert "".join(tokenizer.decode([i]) for i in ids) == s
-
-
-def test_numbers_words_and_templates_are_whole_tokens(tokenizer):
     def pieces(s):
         return tokenizer.convert_ids_to_tokens(tokenizer(s)["input_ids"])
 
@@ -139,7 +179,8 @@ def test_numbers_words_and_templates_are_whole_tokens(tokenizer):
     assert pieces("été") != [] and len(pieces("1234")) == 2
 
 
-def test_chat_template_and_what_training_sees(tokenizer, examples):
+def test_chat_template_and_what_training_sees():
+    tokenizer = tokenizer_of(toy)
     messages = [{"role": "user", "content": "29+4?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     text = "<|im_start|>user\n29+4?<|im_end|>\n<|im_start|>assistant\n"
@@ -151,7 +192,8 @@ def test_chat_template_and_what_training_sees(tokenizer, examples):
     assert tokenizer.apply_chat_template(whole, return_dict=False)[: len(ids)] == ids  # then the line break
 
 
-def test_labels_are_the_response_and_nothing_else(tokenizer):
+def test_labels_are_the_response_and_nothing_else():
+    tokenizer = tokenizer_of(toy)
     rows = toy.encode_batch(tokenizer, [("10+1?", "10+1=11. The answer is \\boxed{11}."), ("10+1+2?", "x")])
     ids, labels = toy.collate(rows, tokenizer.pad_token_id)
     for i, (row, cut) in enumerate(rows):
@@ -213,38 +255,6 @@ def test_every_reflection_is_recognised_and_no_closing_is():
 
 
 # --- the base model --------------------------------------------------------------------------------------------------
-def test_training_from_nothing_writes_a_folder_that_loads(tmp_path, capsys):
-    argv = ["train", "--steps", "5", "--batch", "8", "--prompts", "0", "--seed", "7"]
-    for out in ("a", "b"):
-        toy.main(toy.get_args([*argv, "--out", str(tmp_path / out)]))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").state_dict()
-    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
-    check_pair(toy, model, tokenizer, SOUND[2])
-    run = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert run["parameters"] == sum(p.numel() for p in model.parameters())
-    toy.main(toy.get_args(["check", "--model", str(tmp_path / "a"), "--prompts", "1", "--n", "1"]))
-
-
-def check_pair(world, model, tokenizer, text):
-    """What every stage relies on, of a world's model and tokenizer that were read from a folder."""
-    made = toy.build_tokenizer(world)
-    assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
-    text += toy.INSTRUCTION
-    assert (tokenizer(text)["input_ids"] == made(text)["input_ids"]
-            and tokenizer.decode(tokenizer(text)["input_ids"]) == text)
-    assert (tokenizer.eos_token, tokenizer.pad_token) == (toy.EOS, toy.PAD)
-    weight = model.get_input_embeddings().weight
-    assert weight is model.get_output_embeddings().weight and weight.dtype == torch.float32
-    assert len(tokenizer) < weight.shape[0] == model.config.vocab_size
-    assert model.config.max_position_embeddings >= 1024
-    generation = model.generation_config
-    assert tokenizer.eos_token_id in generation.eos_token_id and generation.pad_token_id == tokenizer.pad_token_id
-    assert (generation.temperature, generation.top_k, generation.top_p) == (1.0, 0, 1.0)
-    assert not generation.repetition_penalty or generation.repetition_penalty == 1.0
-
-
 @pytest.mark.skipif(not SHIPPED.exists(), reason="no base model in toy/sums_model")
 def test_shipped_model_is_the_stated_one():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
@@ -253,7 +263,7 @@ def test_shipped_model_is_the_stated_one():
     run = json.loads((SHIPPED / "run.json").read_text())
     assert abs(run["measured"]["loss_per_token"] - held_out_loss(model, tokenizer)) < 0.01
     # It checks when asked, hardly ever when not, and hard problems stay unsolved without the check
-    problems = [r["problem"] for r in toy.problem_sets(toy, 0)["hard"][:24]]
+    problems = [r["problem"] for r in sets_of(toy)["hard"][:24]]
     asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, [p + toy.REQUESTS[0] for p in problems], 0)]
     plain = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, problems, 0)]
     assert sum(map(toy.has_reflection, asked)) >= 22 and sum(map(toy.has_reflection, plain)) <= 2

@@ -1,13 +1,11 @@
 """The second toy world: its texts misread and never miscount, its checker reads every person, its model is stuck."""
 import itertools
 import json
-import random
 import re
-from pathlib import Path
 
 import pytest
-import torch
-from test_toy import check_pair
+from conftest import ROOT
+from test_toy import check_pair, examples_of, sets_of, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
@@ -16,23 +14,7 @@ from toy import sums as toy
 from toy import words as toy_words
 from verifier import verify
 
-SHIPPED = Path(__file__).parent.parent / "toy/words_model"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toy.build_tokenizer(toy_words)
-
-
-@pytest.fixture(scope="module")
-def examples():
-    rng = random.Random(0)
-    return [toy.draw_example(toy_words, rng) for _ in range(2000)]
-
-
-@pytest.fixture(scope="module")
-def sets():
-    return toy.problem_sets(toy_words, 0)
+SHIPPED = ROOT / "toy/words_model"
 
 
 def solve(problem: str) -> dict[str, int]:
@@ -52,9 +34,9 @@ def steps(chain: list[re.Match]) -> list[tuple[str, int]]:
 
 
 # --- the texts -------------------------------------------------------------------------------------------------------
-def test_first_pass_misreads_fewer_at_the_stated_rate_and_miscounts_never(examples):
+def test_first_pass_misreads_fewer_at_the_stated_rate_and_miscounts_never():
     misread = []
-    for message, text in examples:
+    for message, text in examples_of(toy_words):
         before, right = None, list(solve(message.split("?")[0] + "?").items())
         for i, m in enumerate(toy.passes(text, toy_words)[0]):
             assert m[1] == right[i][0]
@@ -70,38 +52,21 @@ def test_first_pass_misreads_fewer_at_the_stated_rate_and_miscounts_never(exampl
     assert abs(rate - toy_words.MISREAD) < 4 * (toy_words.MISREAD * (1 - toy_words.MISREAD) / len(misread)) ** 0.5
 
 
-def test_requests_are_followed_by_a_right_second_pass(examples):
-    asked = [(m, t) for m, t in examples if any(r in m for r in toy.REQUESTS)]
-    assert abs(len(asked) / len(examples) - toy.ASKED) < 4 * (toy.ASKED * (1 - toy.ASKED) / len(examples)) ** 0.5
-    assert all(toy_words.has_reflection(t) and toy_words.is_sound(m, t) for m, t in asked)
-    assert all(steps(toy.passes(t, toy_words)[1]) == list(solve(m.split("?")[0] + "?").items()) for m, t in asked)
-    other = [t for m, t in examples if not any(r in m for r in toy.REQUESTS)]
-    assert sum(map(toy_words.has_reflection, other)) / len(other) < 5 * toy.UNASKED
-    assert {t.count("\\boxed{") for _, t in asked} == {1, 2}  # the doubt comes before the box or after it
-
-
-def test_texts_are_a_function_of_the_seed(tokenizer):
-    first, again, other = (next(toy.batches(toy_words, tokenizer, seed, 1, 8))[0] for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert first.shape != other.shape or not torch.equal(first, other)
+def test_the_second_pass_that_a_request_asks_for_is_right():
+    for message, text in examples_of(toy_words):
+        if any(r in message for r in toy.REQUESTS):
+            assert steps(toy.passes(text, toy_words)[1]) == list(solve(message.split("?")[0] + "?").items())
 
 
 # --- the problem sets ------------------------------------------------------------------------------------------------
-def test_sets_are_right_and_as_hard_as_they_say(sets):
-    sizes = {name: len(records) for name, records in sets.items()}
-    assert sizes == {"train": 2000, "hard": 600, "test_hard": 400, "test_easy": 400}
-    for records in sets.values():
-        assert len({r["id"] for r in records}) == len(records)
-        for r in records:
-            has = solve(r["problem"])
-            assert r["answer"] == str(list(has.values())[-1])
-            assert r["fewer"] == r["problem"].count(" fewer ")
-    assert all(r["fewer"] >= 4 for name in ("hard", "test_hard") for r in sets[name])
-    assert all(r["fewer"] <= 2 for r in sets["test_easy"])
+def test_sets_are_right():
+    for r in itertools.chain(*sets_of(toy_words).values()):
+        assert r["answer"] == str(list(solve(r["problem"]).values())[-1])
+        assert r["fewer"] == r["problem"].count(" fewer ")
 
 
-def test_however_it_is_read_numbers_fit_and_only_the_right_reading_has_the_answer(sets):
-    for r in sets["train"][:300] + sets["hard"][:100]:
+def test_however_it_is_read_numbers_fit_and_only_the_right_reading_has_the_answer():
+    for r in sets_of(toy_words)["train"][:300] + sets_of(toy_words)["hard"][:100]:
         people = toy_words.parts(r["problem"])
         for wrong in itertools.product(*[[False, True] if n < 0 else [False] for _, n in people]):
             sums = list(itertools.accumulate(-n if w else n for (_, n), w in zip(people, wrong, strict=True)))
@@ -109,34 +74,9 @@ def test_however_it_is_read_numbers_fit_and_only_the_right_reading_has_the_answe
             assert (str(sums[-1]) == r["answer"]) == (not any(wrong))
 
 
-def test_sets_and_training_texts_are_disjoint(sets, examples):
-    by_set = {name: {r["problem"] for r in records} for name, records in sets.items()}
-    assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
-    texts = {m.split("?")[0] + "?" for m, _ in examples}
-    assert {toy.split_of(t) for t in texts} == {"base"}
-    for name, problems in by_set.items():
-        assert {toy.split_of(p) for p in problems} == {name}
+def test_names_numbers_and_the_template_are_whole_tokens():
+    tokenizer = tokenizer_of(toy_words)
 
-
-def test_data_command_writes_the_same_files_twice(tmp_path, monkeypatch):
-    few = lambda world, seed: {"few": toy.draw_problems(world, seed, "train", 20, 0, 9)}
-    monkeypatch.setattr(toy, "problem_sets", few)
-    for out, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        toy_words.main(toy_words.get_args(["data", "--out", str(tmp_path / out), "--seed", seed]))
-    a, b, c = ((tmp_path / out / "few.jsonl").read_text() for out in "abc")
-    assert a == b != c
-    assert set(json.loads(a.splitlines()[0])) == {"id", "problem", "answer", "fewer"}
-
-
-# --- tokenizer -------------------------------------------------------------------------------------------------------
-def test_tokenizer_round_trips_every_text(tokenizer, examples, sets):
-    for s in (*itertools.chain(*examples), *(r["problem"] for r in sets["train"])):
-        ids = tokenizer(s)["input_ids"]
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == s == "".join(tokenizer.decode([i]) for i in ids)
-
-
-def test_names_numbers_and_the_template_are_whole_tokens(tokenizer):
     def pieces(s):
         return tokenizer.convert_ids_to_tokens(tokenizer(s)["input_ids"])
 
@@ -203,18 +143,6 @@ def test_other_texts_are_not_problems(problem):
 
 
 # --- the base model --------------------------------------------------------------------------------------------------
-def test_training_from_nothing_writes_a_folder_that_loads(tmp_path):
-    argv = ["train", "--steps", "3", "--batch", "8", "--prompts", "0", "--seed", "7"]
-    for out in ("a", "b"):
-        toy_words.main(toy_words.get_args([*argv, "--out", str(tmp_path / out)]))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").state_dict()
-    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
-    check_pair(toy_words, model, AutoTokenizer.from_pretrained(tmp_path / "a"), SOUND[2])
-    command = json.loads((tmp_path / "a" / "run.json").read_text())["command"]
-    assert command.startswith("python -m toy.words train ")
-
-
 def test_shipped_model_is_stuck_on_hard_problems_and_rereads_when_asked(tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
     check_pair(toy_words, model, tokenizer, SOUND[2])

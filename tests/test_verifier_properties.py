@@ -21,7 +21,7 @@ from verifier import _clean, extract_boxed, verify
 
 DATA = Path(os.environ.get("LATENTREVISE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 SETS = {"math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva": 272, "olympiadbench": 674, "gsm8k": 1319,
-    "dapo14k": 14_116}
+        "dapo14k": 14_116}
 some = settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 few = settings(some, max_examples=25)
 

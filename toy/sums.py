@@ -43,8 +43,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import rollout
-from helpers import common
+from helpers import common, sampling
 from verifier import verify
 
 # Dimension key: B texts, T tokens (prompt and response), V rows of the embedding
@@ -348,8 +347,8 @@ def respond(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, message
     rows = []
     for i in range(0, len(messages), 512):
         prompts = [torch.tensor(tokenizer(render(tokenizer, m))["input_ids"]) for m in messages[i : i + 512]]
-        keys = [[rollout.row_key(seed, "toy", i + j)] for j in range(len(prompts))]
-        found = rollout.sample(policy, prompts, keys, [160] * len(prompts))
+        keys = [[sampling.row_key(seed, "toy", i + j)] for j in range(len(prompts))]
+        found = sampling.sample(policy, prompts, keys, [160] * len(prompts))
         rows += [sample.ids for (sample,) in found]
     return rows
 
@@ -405,20 +404,20 @@ def get_args(argv: list[str] | None = None, world: ModuleType = THIS) -> argpars
     parser = argparse.ArgumentParser(description=world.__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write the problem sets")
-    data.add_argument("--out", required=True, help="[ours] folder for train, hard, test_hard and test_easy .jsonl")
+    data.add_argument("--out", required=True, help="folder for train, hard, test_hard and test_easy .jsonl")
     train = commands.add_parser("train", help="train the base model from nothing")
-    train.add_argument("--out", required=True, help="[ours] folder for the model, the tokenizer and run.json")
-    train.add_argument("--steps", type=int, default=world.TRAINING["steps"], help="[ours] optimizer steps")
-    train.add_argument("--batch", type=int, default=world.TRAINING["batch"], help="[ours] texts per step")
-    train.add_argument("--lr", type=float, default=world.TRAINING["lr"], help="[ours] peak learning rate")
+    train.add_argument("--out", required=True, help="folder for the model, the tokenizer and run.json")
+    train.add_argument("--steps", type=int, default=world.TRAINING["steps"], help="optimizer steps")
+    train.add_argument("--batch", type=int, default=world.TRAINING["batch"], help="texts per step")
+    train.add_argument("--lr", type=float, default=world.TRAINING["lr"], help="peak learning rate")
     check = commands.add_parser("check", help="measure a trained base model")
     common.add_model_args(check)
     for command in (train, check):
-        command.add_argument("-n", "--n", type=int, default=32, help="[ours] samples per prompt when measuring")
+        command.add_argument("-n", "--n", type=int, default=32, help="samples per prompt when measuring")
         command.add_argument("--prompts", type=int, default=200,
-                             help="[ours] prompts per set when measuring, at most 400")
+                             help="prompts per set when measuring, at most 400")
     for command in (data, train, check):
-        command.add_argument("--seed", type=int, default=0, help="[ours] every draw is a function of it")
+        command.add_argument("--seed", type=int, default=0, help="every draw is a function of it")
     return parser.parse_args(argv)
 
 

@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
                    activation_bytes(model.config, dtype.itemsize, 1000, 800, checkpointed), "bytes",
                    reference_is="the formula")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    optimizer = training.make_optimizer(model, argparse.Namespace(lr=1e-5, weight_decay=0.01))
+    optimizer = training.make_optimizer(model, argparse.Namespace(lr=1e-5))
     training.response_logprobs(model, rows)[0].sum().backward()
     states = 2 * sum(p.nbytes for p in model.parameters())  # weights and gradients
     training.apply_gradients(model, optimizer, 1.0)

@@ -8,20 +8,19 @@ import torch.nn.functional as F
 
 import revise
 from experiments.benches.tools import random_qwen2, report, saved_bytes, timed
-from helpers import common, packed
+from helpers import common
 
 SHAPES = {"short": (150, 800, 200, 20), "long": (150, 3200, 800, 20)}  # tokens: q, r, c, template and gold together
 
 
-def random_failure(shape: tuple[int, int, int, int], vocab: int, seed: int = 1) -> tuple[revise.Failure, list[int]]:
-    """A failed rollout of so many tokens (q, r, c, template and gold together, 4 of them gold), and the template."""
+def random_failure(shape: tuple[int, int, int, int], vocab: int, seed: int = 1) -> revise.Failure:
+    """A failed rollout of so many tokens (q, r, c, template and gold together, 4 of them gold)."""
     q, r, c, a = shape
     ids = torch.randint(0, vocab, (q + r + c + a,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-4:]), ids[-a:-4]
+    return revise.Failure("bench", 0, ids[:q], ids[q:q + r], ids[q + r:q + r + c], ids[-a:-4], ids[-4:])
 
 
-def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor,
-                 weights: tuple) -> tuple:
+def literal_step(model, f: revise.Failure, W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
     """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss,
     backward(), then one product with the whole vocabulary. Parameters that nobody froze get gradients too."""
     embed = model.get_input_embeddings()
@@ -35,7 +34,7 @@ def literal_step(model, f: revise.Failure, template: list[int], W: torch.Tensor,
         n = len(parts[-1])
         return -F.cross_entropy(logits[-n - 1:-1], ids[-n:], reduction="sum")
 
-    explore, guide = logp(f.c), -logp(template, f.gold)
+    explore, guide = logp(f.c), -logp(f.template, f.gold)
     x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype)])[None]
     logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
     nll = F.cross_entropy(logits[len(f.q) - 1:-1], torch.tensor(f.r, device=E.device), reduction="sum")
@@ -53,19 +52,18 @@ def literal_frozen_step(model, *step) -> tuple:
         model.requires_grad_(True)
 
 
-def packed_step(model, f: revise.Failure, template: list[int], W: torch.Tensor, E: torch.Tensor,
-                weights: tuple) -> tuple:
-    losses, G, v = packed_steps(model, [f], template, W, E, weights)
+def packed_step(model, f: revise.Failure, W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
+    losses, G, v = packed_steps(model, [f], W, E, weights)
     return losses[0], G, v
 
 
-def packed_steps(model, batch: list[revise.Failure], template: list[int], W: torch.Tensor, E: torch.Tensor,
-                 weights: tuple, checkpoint: bool = False) -> tuple:
+def packed_steps(model, batch: list[revise.Failure], W: torch.Tensor, E: torch.Tensor, weights: tuple,
+                 checkpoint: bool = False) -> tuple:
     """One Frank-Wolfe step of several rollouts as revise.py does it."""
-    with packed.frozen(model, checkpoint):
-        tensors = packed.pack(batch, template, weights, False, W.device)
-        losses, G = packed.losses_and_gradient(model, tensors, E)
-    return losses, G, revise.oracle(G, W, torch.arange(len(W), device=W.device))
+    with revise.frozen(model, checkpoint):
+        p = revise.pack(batch, weights, False, W.device)
+        losses, G = revise.losses_and_gradient(model, p, E)
+    return losses, G, revise.best_rows(-G, W, torch.arange(len(W), device=W.device))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -74,8 +72,8 @@ def main(args: argparse.Namespace) -> None:
     W = model.get_input_embeddings().weight.detach()
     weights = (1.0, 1.0, 0.1)
     for name, shape in SHAPES.items():
-        f, template = random_failure(shape, len(W))
-        step = (model, f, template, W, revise.soft_prefix(W, f.atoms, f.weights), weights)
+        f = random_failure(shape, len(W))
+        step = (model, f, W, W[f.r].float(), weights)
         (ours, G, v), (theirs, G_literal, v_literal) = packed_step(*step), literal_step(*step)
         agreement = {"gradient_relative_error": float((G - G_literal).norm() / G_literal.norm()),
                      "vertices_equal": float((v == v_literal).float().mean()),
@@ -98,9 +96,8 @@ def bench_revise_cuda(model, W: torch.Tensor, weights: tuple, args: argparse.Nam
     for name, shape, batch, checkpoint in [*(("1k", SHAPES["short"], n, False) for n in (1, 2, 4, 8, 16)),
                                            ("8k", (150, 6400, 1600, 20), 1, False),
                                            ("8k", (150, 6400, 1600, 20), 1, True)]:
-        failures = [random_failure(shape, len(W), seed)[0] for seed in range(batch)]
-        E = torch.cat([revise.soft_prefix(W, f.atoms, f.weights) for f in failures])
-        step = (model, failures, random_failure(shape, len(W))[1], W, E, weights, checkpoint)
+        failures = [random_failure(shape, len(W), seed) for seed in range(batch)]
+        step = (model, failures, W, W[[i for f in failures for i in f.r]].float(), weights, checkpoint)
         packed_steps(*step)
         torch.cuda.reset_peak_memory_stats()
         # denominator: rollouts
