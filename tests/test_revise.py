@@ -6,6 +6,7 @@ import torch
 from conftest import ROWS, TOKENS, tiny_model
 
 import revise
+from experiments import literal
 from helpers.common import Policy, UserError
 
 TEMPLATE_IDS = [5, 6, 7, 8]
@@ -35,40 +36,6 @@ def run(model, batch, args, keep=frozenset()):
             [{"id": f.id, "prefix_ids": f.r} | h for f, h in zip(batch, history)])
 
 
-def literal_losses(model, E, f):
-    """Eqs. (2), (3), (4) for one rollout, a pass each, token by token; E (R, D) with gradient."""
-    embed = model.get_input_embeddings()
-
-    def logp(context, targets):  # sum_t log p(targets_t | context, targets_<t)
-        x = torch.cat([context, embed(torch.tensor(targets))])[None]
-        logits = model(inputs_embeds=x, use_cache=False).logits[0].log_softmax(-1)
-        return sum(logits[len(context) + t - 1, y] for t, y in enumerate(targets))
-
-    q = embed(torch.tensor(f.q))
-    explore = logp(torch.cat([q, E]), f.c)
-    guide = -logp(torch.cat([q, E, embed(torch.tensor(f.template, dtype=torch.long))]), f.gold)
-    logits = model(inputs_embeds=torch.cat([q, E])[None], use_cache=False).logits[0].log_softmax(-1)
-    return explore, guide, -sum(logits[len(f.q) + t - 1, y] for t, y in enumerate(f.r))
-
-
-def literal_algorithm1(model, f, args):
-    """Alg. 1 for one rollout, line by line: list of (losses, vertices, E after the step, gap)."""
-    W = model.get_input_embeddings().weight.detach()
-    E, trace = W[torch.tensor(f.r)].clone(), []
-    for i in range(1, args.revision_steps + 1):
-        E = E.detach().requires_grad_()
-        explore, guide, nll = literal_losses(model, E, f)
-        if guide < args.eps_stop:
-            break
-        G, = torch.autograd.grad(args.explore_weight * explore + args.alpha_guide * guide + args.beta_nll * nll, E)
-        V = [min(ALLOWED.tolist(), key=lambda v: float(G[j] @ W[v])) for j in range(len(f.r))]
-        gamma = args.gamma0 * 2 / (i + 1)
-        gap = float((G * (E.detach() - W[V])).sum())
-        E = (1 - gamma) * E + gamma * W[V]
-        trace.append(([float(x.detach()) for x in (explore, guide, nll)], V, E.detach(), gap))
-    return trace
-
-
 @pytest.mark.parametrize("family,tied", [
     ("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("llama", False)])
 @pytest.mark.parametrize("sizes", SIZES, ids=["batch1", "batch3", "batch8"])
@@ -85,11 +52,11 @@ def test_eq2_eq3_eq4_eq5_losses_and_gradient_equal_three_literal_passes(family, 
         assert model.config._attn_implementation == "sdpa"
         for f, E, ours, g in zip(batch, soft, losses, G.split([len(f.r) for f in batch])):
             E = E.clone().requires_grad_()
-            literal = literal_losses(model, E, f)
+            three = literal.losses(model, f, E)
             lengths = [len(f.c), len(f.gold), len(f.r)] if mean else [1, 1, 1]
-            total = sum(w * x / n for w, x, n in zip((1.0, 0.7, 0.1), literal, lengths))
+            total = sum(w * x / n for w, x, n in zip((1.0, 0.7, 0.1), three, lengths))
             expected, = torch.autograd.grad(total, E)
-            torch.testing.assert_close(ours, torch.stack(literal).detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours, torch.stack(three).detach(), rtol=1e-5, atol=1e-5)
             assert (g - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -121,8 +88,9 @@ def test_alg1_eq7_trace_equals_the_literal_algorithm_and_replays_bit_for_bit(cha
     prefixes, records = run(model, batch, args, {0, 4})
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and [*prefixes] == [0, 4, 10]
     for b, (f, r) in enumerate(zip(batch, records)):
-        trace = literal_algorithm1(model, f, args)
-        losses, vertices, after, gaps = zip(*trace)
+        weights = args.explore_weight, args.alpha_guide, args.beta_nll
+        trace = literal.algorithm1(model, f, 10, args.gamma0, weights, args.eps_stop, ALLOWED)
+        losses, vertices, after, gaps = zip(*((s["losses"], s["vertices"].tolist(), s["E"], s["gap"]) for s in trace))
         assert r["vertices"] == [*vertices] and r["gammas"] == [args.gamma0 * 2 / (i + 1) for i in range(1, 11)]
         torch.testing.assert_close(torch.tensor(r["losses"]), torch.tensor(losses), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(r["gaps"]), torch.tensor(gaps), rtol=1e-4, atol=1e-4)
@@ -163,7 +131,7 @@ def test_table3_adam_equals_adam_on_one_literal_prefix_and_is_not_replayed():
         E = torch.nn.Parameter(prefixes[0][b].clone())
         adam = torch.optim.Adam([E], lr=0.05)
         for step in range(4):
-            explore, guide, nll = literal_losses(model, E, f)
+            explore, guide, nll = literal.losses(model, f, E)
             E.grad, = torch.autograd.grad(explore + guide + 0.1 * nll, E)
             adam.step()
             torch.testing.assert_close(prefixes[step + 1][b], E.detach(), rtol=1e-4, atol=1e-5)

@@ -4,9 +4,9 @@ import json
 import statistics
 
 import torch
-import torch.nn.functional as F
 
 import revise
+from experiments import literal
 from experiments.benches.tools import random_qwen2, report, saved_bytes, timed
 from helpers import common
 
@@ -21,26 +21,12 @@ def random_failure(shape: tuple[int, int, int, int], vocab: int, seed: int = 1) 
 
 
 def literal_step(model, f: revise.Failure, W: torch.Tensor, E: torch.Tensor, weights: tuple) -> tuple:
-    """Losses, gradient and vertices as Algorithm 1 reads: a teacher-forced pass with full logits for each loss,
-    backward(), then one product with the whole vocabulary. Parameters that nobody froze get gradients too."""
-    embed = model.get_input_embeddings()
+    """Losses, gradient and vertices by literal.py, with backward(): parameters that nobody froze get gradients too."""
     E = E.detach().requires_grad_()
-
-    def logp(*parts: list[int]) -> torch.Tensor:
-        """sum log p of the last part's tokens, given q, E and the parts before it."""
-        ids = torch.tensor([i for p in parts for i in p], device=E.device)
-        x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype), embed(ids)])[None]
-        logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
-        n = len(parts[-1])
-        return -F.cross_entropy(logits[-n - 1:-1], ids[-n:], reduction="sum")
-
-    explore, guide = logp(f.c), -logp(f.template, f.gold)
-    x = torch.cat([embed(torch.tensor(f.q, device=E.device)), E.to(W.dtype)])[None]
-    logits = model(inputs_embeds=x, use_cache=False).logits[0].float()
-    nll = F.cross_entropy(logits[len(f.q) - 1:-1], torch.tensor(f.r, device=E.device), reduction="sum")
-    (weights[0] * explore + weights[1] * guide + weights[2] * nll).backward()
+    losses = literal.losses(model, f, E)
+    sum(w * loss for w, loss in zip(weights, losses)).backward()
     model.zero_grad(set_to_none=True)
-    return torch.stack([explore, guide, nll]).detach(), E.grad, (E.grad.float() @ W.float().T).argmin(-1)
+    return torch.stack(losses).detach(), E.grad, (E.grad.float() @ W.float().T).argmin(-1)
 
 
 def literal_frozen_step(model, *step) -> tuple:
