@@ -5,7 +5,7 @@
         -n 32 --out out/rollouts
 
 Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names
-        through flags. Another answer than text or a number is for a --verifier of your own; `guide`
+        through --fields. Another answer than text or a number is for a --verifier of your own; `guide`
         may then hold the text that revise.py steers toward. Other fields are kept.
 Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or
         "length"), `reward`, `answer`, `guide` where the problem has it, and `problem_fields`, the
@@ -61,21 +61,22 @@ def read_problems(path: str, args: argparse.Namespace, limit: int | None = None)
     limit: the first so many, 0 for all, in place of --limit. Raises UserError naming path and
     record for what is missing, of the wrong type, empty or twice there.
     """
-    names, problems, seen = (args.id_key, args.problem_key, args.answer_key), [], {}
-    for number, record in enumerate(common.read_jsonl(path, names[1:]), 1):
+    problems, seen, (key, problem, answer) = [], {}, args.fields
+    for number, record in enumerate(common.read_jsonl(path, (problem, answer)), 1):
         where = f"{path}: record {number}"
-        p = {"id": str(record.get(args.id_key, number)),
-             "problem": clean_problem(record[args.problem_key], where),
-             "answer": clean_answer(record[args.answer_key], where, args)}
+        p = {"id": str(record.get(key, number)),
+             "problem": clean_problem(record[problem], where),
+             "answer": clean_answer(record[answer], where, args)}
         if not p["problem"] or isinstance(p["answer"], str) and not p["answer"].strip():
             raise UserError(f"{where}: empty problem or answer")
         if not isinstance(record.get("guide", ""), str):
             raise UserError(f"{where}: 'guide' is not a string")
         if p["id"] in seen:
-            raise UserError(f"{where}: {args.id_key} {p['id']!r} was used by record "
+            raise UserError(f"{where}: {key} {p['id']!r} was used by record "
                             f"{seen[p['id']]} already")
         seen[p["id"]] = number
-        problems.append(p | {k: v for k, v in record.items() if k not in {*p, *names, *ADDED}})
+        others = record.keys() - {*p, *args.fields, *ADDED}
+        problems.append(p | {k: v for k, v in record.items() if k in others})
     if not problems:
         raise UserError(f"{path}: holds no problems")
     return problems[:(args.limit if limit is None else limit) or None]
@@ -103,7 +104,7 @@ def clean_answer(answer: object, where: str, args: argparse.Namespace) -> object
         answer = str(answer)
     own = args.verifier != verifying.DEFAULT
     if answer is None or not isinstance(answer, str) and not own:
-        raise UserError(f"{where}: {args.answer_key!r} is not a string or a number")
+        raise UserError(f"{where}: {args.fields[2]!r} is not a string or a number")
     return answer
 
 
@@ -306,9 +307,8 @@ def add_problem_args(parser: argparse.ArgumentParser) -> None:
     add("--instruction", default=INSTRUCTION, help="follows every problem; '' for none")
     add("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
         help="auto: the tokenizer's chat template where it has one")
-    add("--id-key", default="id", help="field of a problem's id (line number if it has none)")
-    add("--problem-key", default="problem", help="field of the problem")
-    add("--answer-key", default="answer", help="field of the gold answer")
+    add("--fields", nargs=3, default=["id", "problem", "answer"], metavar=("ID", "PROBLEM", "ANSWER"),
+        help="what a problem's file calls them; without an id it is the line's number")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -393,7 +393,7 @@ BAD_ROLLOUTS = {  # a record, the error it gives
     "control characters": ({"id": "p0", "sample": "\x1b[2J\n"}, "sample is not a number"),
     **{f"sample {v!r}": ({"sample": v}, "sample is not a number") for v in (None, "0", 1.5, True)},
     **{f"reward {v!r}": ({"reward": v}, "reward not 0 or 1") for v in (None, "0", 2, 0.5, [0], float("nan"))},
-    **{f"answer {v!r}": ({"answer": v}, "answer not text") for v in (None, 5, [], ["5"], {})},
+    **{f"answer {v!r}": ({"answer": v}, "problem 'p1': its answer is not text") for v in (None, 5, [], ["5"], {})},
     **{f"answer {v!r}": ({"answer": v}, "has no tokens under the tokenizer") for v in ("", "\ud800")},
     **{f"prompt {v!r}": ({"prompt_ids": v}, "'prompt_ids' is not a list of token ids")
        for v in ([], [-1], [160], [10**30], [True], "ab")},
@@ -424,7 +424,7 @@ def test_logits_that_become_nan_in_mid_response(monkeypatch):
         return out
 
     monkeypatch.setattr(model, "forward", later)
-    from rollout import sample
+    from helpers.sampling import sample
     with pytest.raises(common.UserError, match="logits are not numbers"):
         sample(common.Policy(model, None, 150, []), [torch.tensor([5, 6])], [[1, 2]], [8])
 

@@ -108,7 +108,7 @@ BAD_PROBLEMS = {
     "no-answer": (b'{"id": "b", "problem": "x"}\n', r"d\.jsonl:2: no field 'answer'"),
     "same-id": (row(id="a"), r"d\.jsonl: record 2: id 'a' was used by record 1"),
     **{f"answer-{v!r}": (row(answer=v), r"d\.jsonl: record 2: 'answer' is not a string or a number")
-       for v in (None, [], ["3"], {}, True, float("nan"), float("inf"))},
+       for v in (None, float("nan"), float("inf"))},  # others are a matter of the verifier: test_rollout.py
     "answer-empty": (row(answer=" "), r"d\.jsonl: record 2: empty"),
     "problem-empty": (row(problem=""), r"d\.jsonl: record 2: empty"),
     **{f"problem-{v!r}": (row(problem=v), r"d\.jsonl: record 2: .*neither a string nor a list of chat messages")
@@ -232,7 +232,7 @@ RANGES = [(name, flag, value) for names, flags in [
 @pytest.mark.parametrize("name,flag,value", RANGES)
 def test_flags_out_of_range(desk, name, flag, value):
     # the word after the dashes, so that the message may call it by its long or its short name
-    desk.fails(name, rf"-{flag.lstrip('-')} \[?{re.escape(value)}", {flag: value})
+    desk.fails(name, rf"-{flag.lstrip('-')}:? \[?{re.escape(value)}", {flag: value})
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -400,7 +400,7 @@ def test_the_other_fields_of_a_problem_travel(tmp_path, model_dir, head, asks):
                                                  "repr(locals()) + '\\n')\n")
     (tmp_path / "d.jsonl").write_text(common.to_line(record))
     args = rollout.get_args([*map(str, [
-        "--model", model_dir, "--data", tmp_path / "d.jsonl", "--id-key", "name", "--problem-key", "question", "-n", 2,
+        "--model", model_dir, "--data", tmp_path / "d.jsonl", "--fields", "name", "question", "answer", "-n", 2,
         "--max-new-tokens", 4, "--device", "cpu", "--verifier", verifier, "--out", tmp_path / "o"])])
     rollout.main(args)
     for r, seen in zip(read(tmp_path / "o/rollouts.jsonl"), (tmp_path / "log").read_text().splitlines(), strict=True):
