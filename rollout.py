@@ -5,8 +5,8 @@
         -n 32 --out out/rollouts
 
 Reads   problems: `id`, `problem` (a string, or a list of chat messages), `answer`; other names
-        through --fields. Another answer than text or a number is for a --verifier of your own; `guide`
-        may then hold the text that revise.py steers toward. Other fields are kept.
+        through --fields. Another answer than text or a number is for a --verifier of your own;
+        `guide` may then hold the text that revise.py steers toward. Other fields are kept.
 Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`, `finish` ("eos" or
         "length"), `reward`, `answer`, `guide` where the problem has it, and `problem_fields`, the
         whole problem, for a verifier that asks for it: verify(response, answer, problem);
@@ -307,8 +307,8 @@ def add_problem_args(parser: argparse.ArgumentParser) -> None:
     add("--instruction", default=INSTRUCTION, help="follows every problem; '' for none")
     add("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
         help="auto: the tokenizer's chat template where it has one")
-    add("--fields", nargs=3, default=["id", "problem", "answer"], metavar=("ID", "PROBLEM", "ANSWER"),
-        help="what a problem's file calls them; without an id it is the line's number")
+    add("--fields", nargs=3, default=["id", "problem", "answer"],
+        metavar=("ID", "PROBLEM", "ANSWER"), help="what a problem's file calls them; without an id it is the line's number")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ Reads   OUT/ARM/revised.jsonl (revise.py) or OUT/ARM/rollouts.jsonl (rollout.py 
         baselines/hint.py), for every ARM that is there; revisions as with --attempts 1, the first of every prompt.
 Prints  Markdown: prompts recovered with a 95 % Wilson interval; right continuations, and how many of them pass two
         proxies of soundness (there is no oracle for a word problem):
-          arithmetic  it states at least one equation `a op b = c`, and every one of them is right
+          arithmetic  it states at least one equation (numbers, + - * /), and every one of them is right
           last step   the boxed answer is the right side of its last equation
         tokens of compute (forward and backward passes of the revision, and what is drawn), tokens of a continuation,
         share of prefix tokens that the projection keeps, and how far an embedding moved, as a share of its norm.
@@ -24,26 +24,33 @@ from experiments import demo, show, tables
 from helpers import common
 from helpers.common import UserError
 
-NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
-EQUATION = re.compile(rf"({NUMBER})\s*([-+*/])\s*({NUMBER})\s*=\s*({NUMBER})")
-SIGNS = [("\\times", "*"), ("\\cdot", "*"), ("\u00d7", "*"), ("\\div", "/"), ("\u00f7", "/"), ("\\$", ""), ("$", ""),
-         ("\\,", ""), ("\\(", ""), ("\\)", ""), ("\\[", ""), ("\\]", "")]
+NUMBER = r"\d[\d,]*(?:\.\d+)?"
+EQUATION = re.compile(rf"(-?{NUMBER}(?: *[-+*/] *{NUMBER})+) *= *(-?{NUMBER})")
+WRITTEN = [(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1 / \2"), (r"\\text\{[^{}]*\}", ""), (r"\\times|\\cdot|\u00d7", "*"),
+           (r"\\div|\u00f7", "/"), (r"\\[$,()\[\]]|\$|\s", " ")]  # LaTeX -> a plain sum
 
 
 def number(text: str) -> float:
     return float(text.replace(",", "").replace("$", ""))
 
 
+def value(left: str) -> float:
+    """The left side of an equation: numbers and + - * /, with the usual precedence."""
+    first, *rest = re.findall(rf"^-?{NUMBER}|{NUMBER}|[-+*/]", left)
+    total, term = 0.0, number(first)
+    for op, x in zip(rest[::2], map(number, rest[1::2])):
+        if op in "*/":
+            term = term * x if op == "*" else term / x if x else float("inf")
+        else:
+            total, term = total + term, x if op == "+" else -x
+    return total + term
+
+
 def equations(text: str) -> list[tuple[float, bool]]:
-    """(right side, whether it is right to a cent) of every `a op b = c` of a text, in order."""
-    for sign, plain in SIGNS:
-        text = text.replace(sign, plain)
-    found = []
-    for a, op, b, c in EQUATION.findall(text):
-        x, y, z = number(a), number(b), number(c)
-        value = {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else float("inf")}[op]
-        found.append((z, abs(value - z) <= 0.01))
-    return found
+    """(right side, whether it is right to a cent) of every sum, product, ... `= c` of a text, in order."""
+    for pattern, plain in WRITTEN:
+        text = re.sub(pattern, plain, text)
+    return [(number(right), abs(value(left) - number(right)) <= 0.01) for left, right in EQUATION.findall(text)]
 
 
 def proxies(text: str, answer: str) -> tuple[bool, bool]:
