@@ -308,7 +308,8 @@ def add_problem_args(parser: argparse.ArgumentParser) -> None:
     add("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
         help="auto: the tokenizer's chat template where it has one")
     add("--fields", nargs=3, default=["id", "problem", "answer"],
-        metavar=("ID", "PROBLEM", "ANSWER"), help="what a problem's file calls them; without an id it is the line's number")
+        metavar=("ID", "PROBLEM", "ANSWER"),
+        help="what a problem's file calls them; without an id it is the line's number")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,8 +1,12 @@
 """The figures of RESULTS.md, from the JSONL files of evidence.py, which calls it. Readable without colour.
 
+    python -m experiments.plot      docs/headline.svg and .png alone, from docs/tables.md and docs/runs/
+
 Needs matplotlib (requirements-dev.txt). Again from what is there: python -m experiments.evidence --tables
 """
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 from eval import wilson_interval
@@ -11,6 +15,10 @@ from helpers import common
 from toy import sums as toy
 
 WIDTH = 4.6  # inches, of one panel
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito: told apart by everybody
+HEADLINE = {"LatentRevise": "LatentRevise", "random vertices": "noise of the same size",
+            "hard prefix": "the unmoved prefix", "fresh sampling": "fresh samples, as many", "answer hint": "answer hint, as many"}
+RUNS = "runs/qwen2.5-coder-0.5b-gsm8k"
 ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-.",
         "GRPO+LatentRevise, likely only": (0, (1, 4))}
 VARIANTS = ("LatentRevise", "permuted gold", "random vertices", "hard prefix", "fresh sampling",
@@ -100,3 +108,42 @@ def everything(worlds: dict, bases: dict, out: Path) -> None:
     steps(plt, records, out)
     variants(plt, records, out)
     curves(plt, {name: list(of) for name, of in bases.items()}, out)
+
+
+def headline(plt, docs: Path) -> None:
+    """Recovered and soundly recovered by the method and its controls, both worlds and the real model."""
+    text, panels = (docs / "tables.md").read_text(), {}
+    for world, title in (("toy", "toy world, sums"), ("toy_words", "toy world, word problems")):
+        section = text.split(f"## {world}: ")[1].split("\n## ")[0].split("### Ablations")[0]
+        rows = [re.findall(r"\((\d+)/(\d+)\)", line)[:2] for line in section.splitlines()]
+        names = [line.split("|")[1].strip() if "|" in line else "" for line in section.splitlines()]
+        panels[title] = {n: [int(k) for k, _ in r] + [int(r[0][1])] for n, r in zip(names, rows) if len(r) == 2}
+    real = json.loads((docs / RUNS / "recovery.json").read_text())
+    panels["Qwen2.5-Coder-0.5B, GSM8K"] = {n: [a["recovered"], a["sound"], a["prompts"]] for n, a in real.items()}
+    fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 2.9), layout="constrained", sharey=True)
+    names = list(reversed(HEADLINE))
+    for axis, (title, found) in zip(axes, panels.items()):
+        for y, name in enumerate(names):
+            for label, index, color, marker, shift in (("right answer", 0, ORANGE, "o", 0.16),
+                                                       ("right reasoning too", 1, BLUE, "s", -0.16)):
+                if name in found:
+                    k, n = found[name][index], found[name][2]
+                    low, high = wilson_interval(k, n)
+                    axis.plot([100 * low, 100 * high], [y + shift] * 2, color=color, linewidth=2, alpha=0.45)
+                    axis.plot(100 * k / n, y + shift, marker, color=color, markersize=6, label=label)
+        axis.set_title(f"{title}\n{max(n for *_, n in found.values())} prompts", fontsize=10)
+        axis.set_xlim(0, None)
+        axis.set_yticks(range(len(names)), [HEADLINE[n] for n in names])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", linewidth=0.4)
+    axes[0].set_ylim(-0.6, len(names) - 0.4)
+    fig.supxlabel("percent of zero-hit prompts, 8 continuations or samples each, 95 % interval", fontsize=10)
+    handles = dict(zip(*reversed(axes[-1].get_legend_handles_labels())))
+    fig.legend(handles.values(), handles, loc="outside upper center", ncols=2, frameon=False)
+    for kind in ("svg", "png"):
+        fig.savefig(docs / f"headline.{kind}", dpi=160, metadata={"Date": None} if kind == "svg" else None)
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).resolve().parent.parent / "docs"
+    headline(load(folder), folder)
