@@ -70,6 +70,12 @@ def test_the_house_stays_small(name):
     assert MEASURES[name]() <= LIMITS[name], long_functions() if name.startswith("functions") else name
 
 
+def test_the_readme_says_how_long_the_stages_are():
+    table = dict(re.findall(r"^\| `(\w+)\.py` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert {name: int(n) for name, n in table.items()} == {
+        name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in STAGES}
+
+
 # --- layout and imports -----------------------------------------------------------------------------------------------
 def imported(path) -> set[str]:
     """The first names of what a file imports."""
