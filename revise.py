@@ -24,9 +24,11 @@ Controls: --revision-steps 0 continues the unrevised prefix, --vertices random m
 --gold permuted steers toward another prompt's answer.
 
 Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves
-open: the cut is floor(rho * tokens) with end-of-sequence counted in c; only ids that the tokenizer
-can decode are vertices; eight continuations per prefix; all failed rollouts of a prompt are tried
-in turn until one is recovered.
+open: the cut is floor(rho * tokens) with end-of-sequence counted in c; vertices and projections are
+ids that the tokenizer can decode, control tokens among them (--vertex-rows text: none); a prefix
+that did not move is its own projection, and one that holds an end-of-sequence is no trajectory;
+eight continuations per prefix; all failed rollouts of a prompt are tried in turn until one is
+recovered.
 """
 import argparse
 import contextlib
@@ -55,7 +57,7 @@ TEMPLATE = "Based on my current reasoning process, the final answer is "
 EXPLORE, GUIDE, NLL = range(3)  # the three losses, in the order of Eqs. (2)-(4)
 ORACLE_ROWS = 4096  # vocabulary rows scored at a time: more fall out of a CPU's cache
 HEAD_ROWS = 256  # positions whose logits exist at a time: 256 x 152k floats are 155 MB
-STAYS = -1  # in place of a vertex: this position was not moved
+STAYS = -1  # in place of a vertex: this position was not moved, though others of its rollout were
 
 
 class Failure(NamedTuple):
@@ -249,7 +251,7 @@ def random_vertices(batch: list[Failure], step: int, allowed: Tensor, seed: int)
     return allowed[torch.cat(index).to(allowed.device)]
 
 
-def note(history: list[dict], moving: Tensor, **values: list) -> None:
+def record_of(history: list[dict], moving: Tensor, **values: list) -> None:
     """Append every rollout's own value to its history, but not of those that have stopped."""
     for b in moving.nonzero()[:, 0].tolist():
         for name, of in values.items():
@@ -262,12 +264,14 @@ def revise(policy: Policy, batch: list[Failure], allowed: Tensor, args: argparse
 
     Returns the soft prefixes of the batch, one after the other, (N, D) float32, {step: after it},
     of the steps in `keep` and the last; and the history of every rollout: `losses` before each
-    step, Frank-Wolfe `gaps`, and `gammas` and `vertices` of the steps that it took.
-    Raises UserError for a rollout longer than a sliding window.
+    step and at a stop, Frank-Wolfe `gaps`, and `gammas` and `vertices` of the steps that it took.
+    Random vertices take no pass: no losses, no gaps, no stop.
+    Raises UserError for a rollout longer than a sliding window, and for losses that are nan.
     """
     model, sizes = policy.model, [len(f.r) for f in batch]
     window = getattr(model.config, "sliding_window", None)
-    if window and max(len(f.q) + len(f.r) + len(f.c) for f in batch) > window:
+    if window and max(len(f.q) + len(f.r) + max(len(f.c), len(f.template) + len(f.gold))
+                      for f in batch) > window:
         raise UserError(f"--model: its attention slides over {window} tokens, and a rollout is "
                         "longer; the packed pass is full attention")
     W = model.get_input_embeddings().weight.detach()
@@ -282,31 +286,33 @@ def revise(policy: Policy, batch: list[Failure], allowed: Tensor, args: argparse
     prefixes = {0: E}
     with frozen(model, args.checkpoint_activations):
         for i in range(1, args.revision_steps + 1):  # L2
-            if args.vertices == "random":  # needs no pass, never stops
+            if args.vertices == "random":
                 V = random_vertices(batch, i, allowed, seed)
             else:
                 losses, G = losses_and_gradient(model, p, E)  # L3-L6
-                note(history, moving, losses=losses.tolist())
+                if losses.isnan().any():
+                    raise UserError("--model: its losses are not numbers")
+                record_of(history, moving, losses=losses.tolist())
                 moving = moving & (losses[:, GUIDE] >= args.eps_stop)  # L7: each rollout for itself
                 if not moving.any():
                     break
                 V = best_rows(-G, W, allowed)  # L9, Eq. (6): argmin_v <G_j, v>
                 gaps = (G * (E - W[V].float())).sum(-1)  # <G_j, E_j - v*_j>, 0 where stationary
-                note(history, moving, gaps=[float(x.sum()) for x in gaps.split(sizes)])
+                record_of(history, moving, gaps=[float(x.sum()) for x in gaps.split(sizes)])
             takes = moving[owner]  # (N,) which positions take the step
             if adam:
                 free.grad = G
                 adam.step()
                 new = free
             else:
-                gamma = args.gamma0 * 2 / (i + 1)  # L8: the classical step of Frank-Wolfe
+                gamma = args.gamma0 * 2 / (i + 1)  # L8: Frank-Wolfe's step, scaled
                 new = toward(E, W[V].float(), gamma)  # L10, Eq. (7)
-                note(history, moving, gammas=[gamma] * len(batch), vertices=[
+                record_of(history, moving, gammas=[gamma] * len(batch), vertices=[
                     v.tolist() for v in V.masked_fill(~takes, STAYS).split(sizes)])
             E = torch.where(takes[:, None], new, E)
             if i in keep:
                 prefixes[i] = E
-    # After a last stop nothing moves: later steps would find what is there
+    # If all have stopped, E is what every later step would find
     return {i: prefixes.get(i, E) for i in sorted({*keep, args.revision_steps})}, history
 
 
@@ -353,19 +359,20 @@ def cut(response_ids: list[int], rho: float) -> int:
 
 
 def room(policy: Policy, prompt: int, prefix: int, args: argparse.Namespace) -> int:
-    """Tokens that are left for a continuation of so many tokens."""
+    """Tokens that are left after a prompt and a prefix of so many."""
     return int(min(args.max_new_tokens, policy.context - prompt)) - prefix
 
 
 @functools.lru_cache(maxsize=2)
 def allowed_rows(tokenizer, vocab: int, rows: int, which: str) -> Tensor:
     """Ids of the rows of W that may be vertices and projections: the tokenizer's, those without
-    special tokens, or all `rows` (some of which no tokenizer can decode)."""
+    control tokens (also such as are not `special`, of tools or of code infilling), or all `rows`
+    (some of which no tokenizer can decode)."""
     if which == "all":
         return torch.arange(rows)
-    special = set(tokenizer.all_special_ids) if which == "text" else set()
-    ids = sorted(set(tokenizer.get_vocab().values()))
-    return torch.tensor([i for i in ids if i < vocab and i not in special])
+    control = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids = {*tokenizer.get_vocab().values()} - (control if which == "text" else set())
+    return torch.tensor(sorted(i for i in ids if i < vocab))
 
 
 def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.Namespace,
@@ -571,9 +578,11 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--projection", default="inner", choices=["inner", "cosine", "l2"],
         help="[Eq. 8] inner product")
     add("--reduction", default="sum", choices=["sum", "mean"],
-        help="[Eqs. 2-4] of each loss over its tokens")
+        help="[Eqs. 2-4] of each loss over its tokens, in L_total; what is logged and the stop are "
+             "of sums")
     add("--vertex-rows", default="tokens", choices=["tokens", "text", "all"],
-        help="vertices: every id of the tokenizer, all but the special ones, or all rows of W")
+        help="vertices and projections: every id of the tokenizer, all but control tokens, or all "
+             "rows of W")
     add("--min-logprob", type=finite,
         help="least mean log-probability (nats a token) of a right continuation after the "
              "projected prefix; not given: any, as in the paper")

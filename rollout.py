@@ -20,7 +20,7 @@ moment, the same command samples what is missing, and the files are the same but
 about two tokens in ten million.
 
 Memory  --decode-tokens: the KV cache never holds more, so long responses are decoded in smaller
-        batches (28 KB a token for Qwen2.5-1.5B in bfloat16, 144 KB for Qwen3-8B; and the weights).
+        batches (29 KB a token for Qwen2.5-1.5B in bfloat16, 147 KB for Qwen3-8B; and the weights).
         A pass over new prompts adds 8,192 tokens at most. --decode-rows: the most sequences decoded
         together, which bounds the logits, size x vocabulary.
 

@@ -17,7 +17,8 @@ from toy import sums as toy
 WIDTH = 4.6  # inches, of one panel
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito: told apart by everybody
 HEADLINE = {"LatentRevise": "LatentRevise", "random vertices": "noise of the same size",
-            "hard prefix": "the unmoved prefix", "fresh sampling": "fresh samples, as many", "answer hint": "answer hint, as many"}
+            "hard prefix": "the unmoved prefix", "fresh sampling": "fresh samples, as many",
+            "answer hint": "answer hint, as many"}
 RUNS = "runs/qwen2.5-coder-0.5b-gsm8k"
 ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-.",
         "GRPO+LatentRevise, likely only": (0, (1, 4))}
@@ -145,5 +146,6 @@ def headline(plt, docs: Path) -> None:
 
 
 if __name__ == "__main__":
+    common.Parser(__doc__, prog="python -m experiments.plot").parse_args()
     folder = Path(__file__).resolve().parent.parent / "docs"
     headline(load(folder), folder)

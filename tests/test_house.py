@@ -128,6 +128,8 @@ def documented_commands() -> list[tuple[str, str]]:
                   for line in doc.splitlines() if re.match(r"\s+(python|torchrun) ", line)]
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.md"))]:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for name, value in re.findall(r'(\w+)="([^"]*)"', block):
+                block = block.replace(f"${name}", value)
             found += [(page.name, line) for line in block.replace("\\\n", " ").splitlines()]
     for recipe in sorted((ROOT / "recipes").glob("*.sh")):
         variables = {}
