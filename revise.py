@@ -332,7 +332,7 @@ def replay(W: Tensor, record: dict) -> Tensor:
 # --- one batch of failed rollouts, from cut to verified trajectory --------------------------------
 def guide_of(problem: dict) -> str:
     """y_GT as text: `guide_answer` (--gold permuted), else the problem's `guide`, else its answer.
-    Raises UserError for a problem, or its failed rollout, where none is text."""
+    Raises UserError for a problem, or its failed rollout, where that is not text."""
     text = problem.get("guide_answer", problem.get("guide", problem["answer"]))
     if not isinstance(text, str):
         raise UserError(f"problem {problem['id']!r}: its answer is not text, and there is no "
@@ -526,10 +526,15 @@ def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
             for k, i in enumerate(order)}
 
 
-def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace) -> None:
+def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify) -> None:
     """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a
-    continuation."""
+    continuation, or one that lacks what the verifier or --gold asks for."""
     where = f"sample {failed['sample']} of {failed['id']!r}"
+    if verify.takes_problem and "problem_fields" not in failed:
+        raise UserError(f"--rollouts: {where}: --verifier {args.verifier} asks for the problem, "
+                        "and these rollouts were not made with it")
+    if args.gold == "permuted" and "guide" in failed:
+        raise UserError(f"--gold permuted: {where} has a guide, which is not another's answer")
     rollout.check_ids(failed, policy.vocab, f"--rollouts: {where}")
     prompt, prefix = len(failed["prompt_ids"]), cut(failed["response_ids"], args.rho)
     most = prompt + prefix + room(policy, prompt, prefix, args)
@@ -636,7 +641,7 @@ def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str
     mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
     for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
         for place in failures[i]:
-            check_rollout(policy, common.read_at(*place[:3]), args)
+            check_rollout(policy, common.read_at(*place[:3]), args, verify)
             answer_ids(policy.tokenizer, args.template, guide.get(i, place.kept.guide))
 
     recovered = seen = 0

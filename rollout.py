@@ -51,7 +51,8 @@ DAPO = re.compile(
     r"\ASolve the following math problem step by step\. The last line of your response should be "
     r"of the form Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after "
     r"\"Answer:\"\.?\s*\Z", re.DOTALL)
-ADDED = ("prompt_ids", "response_limit")  # to a problem by add_prompts; its file has no such fields
+# What a program adds to a problem: a file's fields of these names are left out
+ADDED = ("prompt_ids", "response_limit", "teacher_ids", "problem_fields", "guide_answer")
 
 
 # --- problems and prompts -------------------------------------------------------------------------
@@ -203,9 +204,13 @@ def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], veri
         waiting += [(row, text, submit(verify, text, row.tag[0]))
                     for row, text in zip(finished, texts)]
         done = [verdict.done() for _, _, verdict in waiting]
-        yield [rollout_record(verify, *x) for x, d in zip(waiting, done) if d]
+        judged = [x for x, d in zip(waiting, done) if d]
         waiting = [x for x, d in zip(waiting, done) if not d]
-    yield [rollout_record(verify, *x) for x in waiting]
+        yield [rollout_record(verify, *x) for x in judged if not x[2].exception()]
+        for _, _, verdict in judged:
+            verdict.result()  # raises what a verifier has raised: what is right is written by now
+    for x in waiting:
+        yield [rollout_record(verify, *x)]
 
 
 def rollout_record(verify, row: sampling.Row, text: str, verdict: Future) -> dict:
@@ -326,7 +331,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Flags that may change when a run continues: a result changes by float32 rounding alone
-FREE = ("device", "decode_rows", "decode_tokens", "verifier_workers")
+FREE = ("device", "decode_rows", "decode_tokens")
 
 
 def main(args: argparse.Namespace) -> dict:

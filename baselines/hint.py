@@ -54,7 +54,9 @@ def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer,
                "recovered_prompts": len({r["id"] for r in recovered})}
     if args.gold == "permuted":  # how often the answer that was told is the one that is given
         verify = verifying.from_args(args)
-        given = {r["id"] for r in rows if verify(r["response"], told[r["id"]])}
+        asked = {p["id"]: p | {"answer": told[p["id"]]} for p in problems}
+        given = {r["id"] for r in rows
+                 if rollout.submit(verify, r["response"], asked[r["id"]]).result()}
         summary["told_prompts"] = len(given)
     common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
@@ -86,8 +88,10 @@ def main(args: argparse.Namespace) -> None:
     if args.start == "perturbed" and args.gold == "permuted":
         raise UserError("--gold permuted goes with --from hint, which tells an answer")
     problems = rollout.read_problems(args.data, args)
-    told = {p["id"]: revise.guide_of(p) for p in problems}
+    told = {p["id"]: revise.guide_of(p) for p in problems} if args.start == "hint" else {}
     if args.gold == "permuted":
+        if any("guide" in p for p in problems):
+            raise UserError("--gold permuted: a problem has a guide, which is not another's answer")
         told = revise.permuted_answers(told, args.seed)
     device = common.pick_device(args)
     digest = common.file_digest(args.data)
@@ -96,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
     files = [out / name for name in ("rollouts.jsonl", "recovered.jsonl", "summary.json")]
     if not all(f.exists() for f in files):
         policy = common.load_model(args, device)
-        others = [p | {"problem": other_prompt(p, told[p["id"]], args)} for p in problems]
+        others = [p | {"problem": other_prompt(p, told.get(p["id"], ""), args),
+                       "problem_fields": p} for p in problems]  # what a verifier gets
         rollout.run_rollouts(policy, others, args.n, out, args, args.start)
         if common.rank() == 0:
             keep_right(out, problems, told, policy.tokenizer, args)

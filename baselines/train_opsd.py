@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import revise
 import rollout
 import train_grpo
 from helpers import common, training, verifying
@@ -45,7 +46,8 @@ def add_teacher_prompts(policy: Policy, problems: list[dict], args: argparse.Nam
     """Give each problem its `teacher_ids`, the prompt that tells the gold answer, and leave room
     for them in its `limit`. Raises UserError."""
     for p in problems:
-        hinted = rollout.add_text(p["problem"], after=args.hint.replace("{answer}", p["answer"]))
+        hint = args.hint.replace("{answer}", revise.guide_of(p))
+        hinted = rollout.add_text(p["problem"], after=hint)
         p["teacher_ids"] = rollout.prompt_ids(policy.tokenizer, hinted, args)
         room = policy.context - len(p["teacher_ids"])
         if room <= 0:

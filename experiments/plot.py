@@ -33,6 +33,7 @@ def load(out: Path):
         raise common.UserError("figures need matplotlib: pip install -r requirements-dev.txt")
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "latentrevise"  # the same file every time
     import matplotlib.pyplot as plt
     out.mkdir(parents=True, exist_ok=True)
     return plt

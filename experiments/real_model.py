@@ -58,7 +58,7 @@ def proxies(text: str, answer: str) -> tuple[bool, bool]:
     found = equations(text)
     try:
         gold = number(answer)
-    except ValueError:
+    except (ValueError, AttributeError):  # a gold that is no number, or no text
         return all(good for _, good in found) and bool(found), False
     return bool(found) and all(good for _, good in found), bool(found) and abs(found[-1][0] - gold) <= 0.01
 

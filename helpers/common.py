@@ -207,7 +207,8 @@ def model_digest(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (
-            ".safetensors", ".json", ".jinja", ".txt", ".model")):
+            ".safetensors", ".json", ".jinja", ".txt", ".model")
+            and not p.name.startswith(("optimizer-", "state."))):  # a checkpoint may lose these
         with open(path, "rb") as f:
             f.seek(max(0, path.stat().st_size - 2**20))
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read())

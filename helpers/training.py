@@ -319,10 +319,11 @@ def read_headers(folder: Path) -> tuple[dict, set[str]]:
     there. A kill leaves no such folder: it is renamed when complete."""
     optimizer = [folder / f"optimizer-{key}.safetensors" for key in MOMENTS]
     try:
-        state = {"step": 0} | json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
+        state["step"] += 0  # there, and a number
         files = [*folder.glob("model*.safetensors"), *optimizer]
         return state, set().union(*(safe_open(file, "pt").keys() for file in files))
-    except (OSError, ValueError, TypeError, SafetensorError) as e:  # also: cut behind its header
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as e:
         raise UserError(f"{folder}: damaged ({e}); {REMEDY}") from None
 
 

@@ -15,13 +15,12 @@ import subprocess
 import sys
 import threading
 import traceback
-import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # where the stages are
-OPEN = weakref.WeakSet()  # verifiers to close
+OPEN = []  # verifiers to close
 DEFAULT = "verifier.py:verify"  # takes text alone for an answer
 
 
@@ -88,7 +87,7 @@ class Verifier:
             raise self.refusal(f"expected path.py:function ({type(e).__name__}: {e})") from None
         self.threads = ThreadPoolExecutor(workers) if workers else None
         self.workers: dict[int, subprocess.Popen] = {}  # of each thread
-        OPEN.add(self)
+        OPEN.append(self)
 
     def refusal(self, reason: str) -> Exception:
         from helpers.common import UserError  # not above: a worker needs none of it
@@ -150,8 +149,8 @@ class Verifier:
 
 def close_all() -> None:
     """What the end of a script has to do."""
-    for verifier in list(OPEN):
-        verifier.close()
+    while OPEN:
+        OPEN.pop().close()
 
 
 def kill(worker: subprocess.Popen) -> None:

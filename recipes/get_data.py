@@ -147,7 +147,7 @@ def get(name: str, out: Path, unchecked: bool = False, table: dict[str, Source] 
         problems = [to_problem(row, source, f"{name}-{i}") for i, row in enumerate(rows, 1)]
         check(problems, source, unchecked)
     except UserError as e:
-        raise UserError(f"{where}: {e} (remove {cached} to download it again)") from None
+        raise UserError(f"{where}: {e} (remove {cached.resolve()} to download it again)") from None
     out.mkdir(parents=True, exist_ok=True)
     common.write_atomic(final, "".join(map(common.to_line, problems)))
     return final

@@ -378,3 +378,9 @@ def test_as_a_script():
     done = subprocess.run([sys.executable, verifier.__file__, "--gold", "1/2", r"so \boxed{0.5}"], capture_output=True,
                           text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "right  box: 0.5  gold: 1/2\n", "")
+
+
+@pytest.mark.parametrize("huge", ["10^{400}", "1e999", "9" * 400, "2^{2000}"])
+def test_a_number_beyond_doubles_beside_a_closed_form_is_wrong(huge):
+    for ours, gold in ((huge, r"\sqrt{5}"), (r"\sqrt{5}", huge)):
+        assert verify(rf"\boxed{{{ours}}}", gold) is False

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read, stage, write_problems, write_verifier
 
+import rollout
 from helpers.common import UserError
 from helpers.verifying import Verifier
 
@@ -162,3 +164,40 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path, what):
             return
         time.sleep(0.1)
     pytest.fail("it is still there")
+
+
+# --- in the stages ----------------------------------------------------------------------------------------------------
+def test_late_verdicts_of_a_stage_are_wrong_and_counted(tmp_path, model_dir):
+    slow = write_verifier(tmp_path / "v.py", "import time\ndef verify(response, answer):\n    time.sleep(60)\n")
+    result = stage("rollout.py", "--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 1), "-n", 2,
+                   "--max-new-tokens", 4, "--device", "cpu", "--verifier", slow, "--verifier-workers", 2,
+                   "--verifier-seconds", 0.3, "--out", tmp_path / "o")
+    assert "2 verdicts took longer than 0.3 s and count as wrong" in result.stderr
+    assert [r["reward"] for r in read(tmp_path / "o" / "rollouts.jsonl")] == [0, 0]
+
+
+def test_what_is_judged_is_written_before_an_error_of_the_verifier_is_raised(tmp_path, model_dir, monkeypatch):
+    """Two responses finish together; the verdict on the second one raises."""
+    verdicts = iter([Future(), Future()])
+
+    def submit(verify, text, problem):
+        verdict = next(verdicts)
+        verdict.set_exception(UserError("--verifier: broken")) if problem["id"] == "p1" else verdict.set_result(True)
+        return verdict
+
+    monkeypatch.setattr(rollout, "submit", submit)
+    args = rollout.get_args(["--model", str(model_dir), "--data", str(write_problems(tmp_path / "d.jsonl", 2)), "-n",
+                             "1", "--max-new-tokens", "1", "--device", "cpu", "--out", str(tmp_path / "o")])
+    with pytest.raises(UserError, match="broken"):
+        rollout.main(args)
+    assert [r["id"] for r in read(tmp_path / "o" / "rollouts.rank0.part")] == ["p0"]
+
+
+def test_rollouts_without_what_the_verifier_asks_for_are_refused(tmp_path, model_dir):
+    flags = ["--model", model_dir, "--max-new-tokens", 8, "--device", "cpu", "--verifier"]
+    two = write_verifier(tmp_path / "two.py", "def verify(response, answer):\n    return False\n")
+    three = write_verifier(tmp_path / "three.py", "def verify(response, answer, problem):\n    return False\n")
+    data = write_problems(tmp_path / "d.jsonl", 1)
+    stage("rollout.py", *flags, two, "--data", data, "-n", 1, "--out", tmp_path / "r")
+    result = stage("revise.py", *flags, three, "--rollouts", tmp_path / "r", "--out", tmp_path / "o", check=False)
+    assert result.returncode == 2 and "asks for the problem" in result.stderr
