@@ -7,7 +7,6 @@ Runs the stage scripts as a user would, each command printed before it runs, and
 A stage that is complete is not run again, so an interrupted demo continues; `make clean` starts over.
 """
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from eval import table, wilson_interval
+from experiments import style
 from helpers import common
 from toy import sums as toy
 from verifier import verify
@@ -134,46 +134,60 @@ def example(tokenizer, record: dict, failed: dict, problem: str) -> str:
         "```", f"({sound})", ""])
 
 
-def figures(out: Path, records: list[dict], runs: dict[str, Path]) -> str:
+def figures(out: Path, records: dict[str, list[dict]], runs: dict[str, Path]) -> str:
     """Two figures, if matplotlib is installed (requirements-dev.txt). Returns Markdown."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "No figures: matplotlib is not installed (`pip install -r requirements-dev.txt`).\n"
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    try:
+        plt = style.load()
+    except common.UserError as e:
+        return f"No figures: {e}.\n"
+    revision_figure(plt, out, records)
+    training_figure(plt, out, runs)
+    return ("![Losses, recovered prompts and length of the continuation against Frank-Wolfe steps](revision.png)\n\n"
+            "![Reward, zero-hit and rescued fraction against training steps](training.png)\n")
 
-    # Losses and recovery against Frank-Wolfe steps (the paper's Fig. 3)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    moved = [r for r in records if r["losses"]]
-    for k, (name, style) in enumerate({"L_explore": "--", "L_guide": "-", "L_NLL": ":"}.items()):
+
+def revision_figure(plt, out: Path, records: dict[str, list[dict]]) -> None:
+    """Losses, recovery and length of the continuation against Frank-Wolfe steps (the paper's Fig. 3)."""
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 2.9))
+    ours = records["LatentRevise"]
+    moved = [r for r in ours if r["losses"]]
+    names = {"L_explore": "failed continuation, L_explore", "L_guide": "gold answer, L_guide", "L_NLL": "prefix, L_NLL"}
+    for k, (name, colour, line) in enumerate(zip(names.values(), style.COLOURS, style.LINES)):
         at = [[r["losses"][i][k] for r in moved if i < len(r["losses"])]
               for i in range(max(len(r["losses"]) for r in moved))]
-        left.plot(range(len(at)), [sum(v) / len(v) for v in at], "k" + style, label=name)
-    left.set(xlabel="Frank-Wolfe step", ylabel="mean loss (nats, sum over tokens)")
-    left.legend()
-    steps = sorted(map(int, records[0]["curve"]))
-    curve = [[r["curve"][str(s)] for r in records] for s in steps]
-    right.plot(steps, [sum(any(c["rewards"]) for c in at) / len(at) for at in curve], "ko-", label="recovered")
-    right.set(xlabel="Frank-Wolfe step", ylabel=f"share recovered, {CONTINUATIONS} continuations")
-    length = right.twinx()
-    length.plot(steps, [sum(sum(map(len, c["ids"])) / len(c["ids"]) for c in at) / len(at) for at in curve], "k^:",
-                label="length")
-    length.set_ylabel("mean continuation length (tokens)")
-    right.legend(*[a + b for a, b in zip(right.get_legend_handles_labels(), length.get_legend_handles_labels())])
-    fig.savefig(out / "revision.png", dpi=120)
+        left.plot(range(len(at)), [sum(v) / len(v) for v in at], color=colour, linestyle=line, label=name)
+    left.set(title="the three losses (nats)", xlabel="Frank-Wolfe steps")
+    left.set_ylim(top=1.45 * left.get_ylim()[1])
+    left.legend(loc="upper right", fontsize=8)
+    steps, n = sorted(map(int, ours[0]["curve"])), len(ours)
+    found = [sum(any(r["curve"][str(s)]["rewards"]) for r in ours) for s in steps]
+    low, high = zip(*(wilson_interval(k, n) for k in found))
+    band = [100 * x for x in low], [100 * x for x in high]
+    middle.fill_between(steps, *band, color=style.BLUE, alpha=0.2, linewidth=0)
+    middle.plot(steps, [100 * k / n for k in found], "o-", color=style.BLUE, label="LatentRevise")
+    for name, colour, line in (("fresh sampling", style.ORANGE, "--"), ("random vertices", style.GREEN, ":")):
+        share = sum(r["recovered"] for r in records[name]) / len(records[name])
+        middle.axhline(100 * share, color=colour, linestyle=line, label=name)
+    middle.set(title=f"recovered, % of {n} prompts", xlabel="Frank-Wolfe steps", ylim=(0, None))
+    middle.legend(loc="upper left", fontsize=8)
+    at = [[sum(map(len, r["curve"][str(s)]["ids"])) / len(r["curve"][str(s)]["ids"]) for r in ours] for s in steps]
+    right.plot(steps, [sum(x) / len(x) for x in at], "o-", color=style.BLUE)
+    right.set(title="continuation, mean tokens", xlabel="Frank-Wolfe steps", ylim=(0, None))
+    style.save(fig, out / "revision")
 
-    # Training curves
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharex=True)
-    for (name, folder), style in zip(runs.items(), ("-", "--", ":", "-.", (0, (1, 4)))):
+
+def training_figure(plt, out: Path, runs: dict[str, Path]) -> None:
+    """Training curves of the arms that sample."""
+    fig, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), sharex=True)
+    titles = {"reward": "pass rate of samples, %", "zero_hit": "groups without a hit, %",
+              "rescued": "groups rescued, %"}
+    for (name, folder), colour, line in zip(runs.items(), style.COLOURS, style.LINES):
         rows = common.read_jsonl(folder / "metrics.jsonl")
-        for axis, key in zip(axes, ("reward", "zero_hit", "rescued")):
-            axis.plot([r["step"] for r in rows], [r[key] for r in rows], color="k", linestyle=style,
-                      label=name, linewidth=1)
-            axis.set(xlabel="training step", title=key.replace("_", "-"))
-    axes[0].legend(fontsize=7)
-    fig.savefig(out / "training.png", dpi=120)
-    return ("![Losses and recovery against Frank-Wolfe steps](revision.png)\n\n"
-            "![Reward, zero-hit and rescued fraction against training steps](training.png)\n")
+        for axis, (key, title) in zip(axes, titles.items()):
+            axis.plot([r["step"] for r in rows], [100 * r[key] for r in rows], color=colour, linestyle=line, label=name)
+            axis.set(title=title, xlabel="training step")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), fontsize=9)
+    style.save(fig, out / "training")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -307,7 +321,7 @@ Changed tokens of the prefix are «marked».
 {chr(10).join(shown) or 'None was recovered.'}
 ## Figures
 
-{figures(out, records['LatentRevise'], curves)}"""
+{figures(out, records, curves)}"""
     common.write_atomic(out / "report.md", report)
     print("\n" + re.sub(r"!\[.*?\]\((.*?)\)", rf"{out}/\1", report))
     print(f"{out}/report.md, {time.time() - begun:.0f} s")

@@ -5,7 +5,7 @@
     --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
     --all            also other losses, and in the first world longer and shaped training
     --tables         runs no stage, counts and draws what is complete
-    --write          and puts the tables below "## Tables" of RESULTS.md, the figures into docs/
+    --write          and puts the tables below "## Tables" of docs/tables.md, the figures beside it
     --quick          a small run of the same code, not for reading
 
 Base models: of seed 0 those that ship with the repository; others are trained first. Problems and every draw are of the
@@ -162,20 +162,20 @@ def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="[ours] one base model, 16 prompts: to see that it runs")
-    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="[ours] toy worlds")
-    parser.add_argument("--seeds", nargs="+", type=int, help="[ours] base models of each world; 0 1 2, with --quick 0")
-    parser.add_argument("--out", help="[ours] output folder; out/evidence or out/evidence-quick if not given")
-    parser.add_argument("--all", action="store_true", help="[ours] more variants and training arms: 30 minutes more")
-    parser.add_argument("--tables", action="store_true", help="[ours] run no stage: count and draw what is complete")
-    parser.add_argument("--write", action="store_true", help="[ours] also into RESULTS.md and docs/")
+    parser.add_argument("--quick", action="store_true", help="one base model, 16 prompts: to see that it runs")
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="toy worlds")
+    parser.add_argument("--seeds", nargs="+", type=int, help="base models of each world; 0 1 2, with --quick 0")
+    parser.add_argument("--out", help="output folder; out/evidence or out/evidence-quick if not given")
+    parser.add_argument("--all", action="store_true", help="more variants and training arms: 25 minutes more")
+    parser.add_argument("--tables", action="store_true", help="run no stage: count and draw what is complete")
+    parser.add_argument("--write", action="store_true", help="also into docs/")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    begun, results = time.time(), demo.ROOT / "RESULTS.md"
+    begun, results = time.time(), demo.ROOT / "docs" / "tables.md"
     if args.quick and args.write:
-        raise UserError("--write: RESULTS.md is not for the figures of --quick")
+        raise UserError("--write: docs/tables.md is not for the figures of --quick")
     head = tables.head_of(results) if args.write else ""
     root = Path(args.out or ("out/evidence-quick" if args.quick else "out/evidence"))
     size, seeds = QUICK if args.quick else FULL, args.seeds or ([0] if args.quick else [0, 1, 2])
@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     common.write_atomic(root / "tables.md", text)
     plot.everything(WORLDS, bases, root)
     if args.write:
-        for figure in root.glob("evidence-*.png"):
+        for figure in [*root.glob("evidence-*.png"), *root.glob("evidence-*.svg")]:
             shutil.copy(figure, demo.ROOT / "docs")
         common.write_atomic(results, f"{head}\n{text}")
     print(f"{text}\n[{time.time() - begun:.0f} s] {root}/tables.md")

@@ -4,112 +4,99 @@
 
 Needs matplotlib (requirements-dev.txt). Again from what is there: python -m experiments.evidence --tables
 """
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 from eval import wilson_interval
-from experiments import tables
+from experiments import style, tables
+from experiments.style import BLUE, ORANGE
 from helpers import common
 from toy import sums as toy
 
 WIDTH = 4.6  # inches, of one panel
-BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito: told apart by everybody
 HEADLINE = {"LatentRevise": "LatentRevise", "random vertices": "noise of the same size",
             "hard prefix": "the unmoved prefix", "fresh sampling": "fresh samples, as many",
             "answer hint": "answer hint, as many"}
 RUNS = "runs/qwen2.5-coder-0.5b-gsm8k"
-ARMS = {"GRPO N=8": "-", "GRPO N=16": "--", "DAPO": ":", "GRPO+LatentRevise": "-.",
-        "GRPO+LatentRevise, likely only": (0, (1, 4))}
+TITLES = {"toy": "toy world, sums", "toy_words": "toy world, word problems"}
+ARMS = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")
 VARIANTS = ("LatentRevise", "permuted gold", "random vertices", "hard prefix", "fresh sampling",
             "fresh sampling, equal compute", tables.ADAM, "no L_guide", "no L_explore", "no L_NLL", "rho 0.5",
             "rho 0.2", "K 5", "K 20", "gamma0 0.3", "likely only")
 
 
-def load(out: Path):
-    """matplotlib's pyplot, drawing into files alone. Raises UserError where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise common.UserError("figures need matplotlib: pip install -r requirements-dev.txt")
-    import matplotlib
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "latentrevise"  # the same file every time
-    import matplotlib.pyplot as plt
-    out.mkdir(parents=True, exist_ok=True)
-    return plt
-
-
 def steps(plt, worlds: dict, out: Path) -> None:
     """Figure 3: recovery and continuation length against Frank-Wolfe steps, all base models of a world together."""
-    fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 3.2), layout="constrained", squeeze=False)
-    for axis, (name, (world, tokenizer, records)) in zip(axes[0], worlds.items()):
+    fig, axes = plt.subplots(1, 2 * len(worlds), figsize=(WIDTH * len(worlds), 2.9), squeeze=False)
+    for k, (name, (world, tokenizer, records)) in enumerate(worlds.items()):
+        share, length = axes[0][2 * k:2 * k + 2]
         rows = tables.by_step(world, tokenizer, records, "K 20")
         at = [r["step"] for r in rows]
-        for key, style, shade in (("recovered", "ko-", "0.85"), ("sound", "ks--", "0.7")):
-            axis.fill_between(at, *zip(*(wilson_interval(r[key], r["n"]) for r in rows)), color=shade, linewidth=0)
-            axis.plot(at, [r[key] / r["n"] for r in rows], style, markersize=4, label=key)
-        axis.set(xlabel="Frank-Wolfe step", ylabel="share of zero-hit prompts", title=f"{name}.py", ylim=(0, None))
-        length = axis.twinx()
-        length.plot(at, [r["length"] for r in rows], "k^:", markersize=4, label="continuation")
-        length.set_ylabel("mean continuation (tokens)")
-        legends = axis.get_legend_handles_labels(), length.get_legend_handles_labels()
-        axis.legend(*[a + b for a, b in zip(*legends)], fontsize=8)
-    fig.savefig(out / "evidence-steps.png", dpi=120)
+        for key, label, colour, mark in (("recovered", "right answer", ORANGE, "o-"),
+                                         ("sound", "right reasoning too", BLUE, "s--")):
+            low, high = zip(*(wilson_interval(r[key], r["n"]) for r in rows))
+            band = [100 * x for x in low], [100 * x for x in high]
+            share.fill_between(at, *band, color=colour, alpha=0.2, linewidth=0)
+            share.plot(at, [100 * r[key] / r["n"] for r in rows], mark, color=colour, markersize=4, label=label)
+        share.set(xlabel="Frank-Wolfe steps", title=f"{TITLES[name]}\n% of zero-hit prompts", ylim=(0, None))
+        share.legend(fontsize=8)
+        length.plot(at, [r["length"] for r in rows], "o-", color=style.GREY, markersize=4)
+        length.set(xlabel="Frank-Wolfe steps", title="continuation,\nmean tokens", ylim=(0, None))
+    style.save(fig, out / "evidence-steps")
 
 
 def variants(plt, worlds: dict, out: Path) -> None:
     """Recovered and soundly recovered of every ablation and control, with intervals."""
-    fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 4.6), layout="constrained", squeeze=False,
+    fig, axes = plt.subplots(1, len(worlds), figsize=(WIDTH * len(worlds), 4.6), squeeze=False,
                              sharey=True)
     for axis, (name, (world, _, records)) in zip(axes[0], worlds.items()):
         names = [v for v in VARIANTS if all((b.base / "revise" / tables.slug(v)).exists() for b in records)]
         for y, variant in enumerate(reversed(names)):
             found = [r for b in records for r in b.variant(variant)]
             right, sound = (sum(n > 0 for n in of) for of in zip(*tables.right_and_sound(world, found)))
-            for label, k, style, fill, shift in (("recovered", right, "ko", "k", 0.15),
-                                                 ("soundly recovered", sound, "ks", "w", -0.15)):
+            for label, k, colour, mark, shift in (("right answer", right, ORANGE, "o", 0.18),
+                                                  ("right reasoning too", sound, BLUE, "s", -0.18)):
                 low, high = wilson_interval(k, len(found))
-                axis.plot([100 * low, 100 * high], [y + shift] * 2, "k-", linewidth=0.8)
-                axis.plot(100 * k / len(found), y + shift, style, markersize=4, markerfacecolor=fill,
+                axis.plot([100 * low, 100 * high], [y + shift] * 2, color=colour, linewidth=2, alpha=0.45)
+                axis.plot(100 * k / len(found), y + shift, mark, color=colour, markersize=4,
                           label=None if y else label)
-        axis.set(xlabel="percent of zero-hit prompts, 95 % interval", title=f"{name}.py", xlim=(0, None))
+        axis.set(xlabel="percent of zero-hit prompts, 95 % interval", title=TITLES[name], xlim=(0, None))
         axis.set_yticks(range(len(names)), reversed(names), fontsize=8)
-        axis.grid(axis="y", linewidth=0.3)
     fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    fig.savefig(out / "evidence-variants.png", dpi=120)
+    style.save(fig, out / "evidence-variants")
 
 
-def curves(plt, bases: dict[str, list[Path]], out: Path) -> None:
-    """Learning curves: reward of the policy's own samples, and rescued groups. Mean over base models; grey: each."""
-    sets = {f"{name}.py, {folder} set": [base / "train" / folder for base in of] for name, of in bases.items()
+def training(plt, bases: dict[str, list[Path]], out: Path) -> None:
+    """Learning curves: reward of the policy's own samples, and rescued groups. Mean over base models; thin: each."""
+    sets = {f"{TITLES[name]}, {folder} set": [base / "train" / folder for base in of] for name, of in bases.items()
             for folder in tables.SETS if any((base / "train" / folder).exists() for base in of)}
-    fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), layout="constrained", squeeze=False,
+    fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), squeeze=False,
                              sharex="col")
     for column, (title, folders) in zip(axes.T, sets.items()):
-        for arm, style in ARMS.items():
+        for arm, colour, line in zip(ARMS, style.COLOURS, style.LINES):
             files = [f / tables.slug(arm) / "metrics.jsonl" for f in folders]
             logs = [common.read_jsonl(f) for f in files if f.exists()]
             for axis, key in zip(column, ("reward", "rescued") if logs else ()):
-                lines = [[r[key] for r in log] for log in logs]
-                steps = range(1, len(lines[0]) + 1)
-                for line in lines if key == "reward" else ():
-                    axis.plot(steps, line, color="0.6", linestyle=style, linewidth=0.5)
-                axis.plot(steps, [sum(x) / len(x) for x in zip(*lines)], color="k", linestyle=style, linewidth=1.4,
-                          label=arm)
-        column[0].set(title=title, ylabel="reward of samples")
-        column[1].set(xlabel="training step", ylabel="groups rescued")
+                curves = [[100 * r[key] for r in log] for log in logs]
+                steps = range(1, len(curves[0]) + 1)
+                for one in curves if key == "reward" else ():
+                    axis.plot(steps, one, color=colour, linestyle=line, linewidth=0.5)
+                axis.plot(steps, [sum(x) / len(x) for x in zip(*curves)], color=colour, linestyle=line, label=arm)
+        column[0].set(title=title, ylabel="pass rate of samples, %")
+        column[1].set(xlabel="training step", ylabel="groups rescued, %")
     fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
-    fig.savefig(out / "evidence-training.png", dpi=120)
+    style.save(fig, out / "evidence-training")
 
 
 def everything(worlds: dict, bases: dict, out: Path) -> None:
     """worlds: {name: module}; bases: {name: base folders}, complete ones."""
-    plt = load(out)
+    plt = style.load()
     records = {name: (worlds[name], toy.build_tokenizer(worlds[name]), [tables.Records(base) for base in of])
                for name, of in bases.items()}
     steps(plt, records, out)
     variants(plt, records, out)
-    curves(plt, {name: list(of) for name, of in bases.items()}, out)
+    training(plt, {name: list(of) for name, of in bases.items()}, out)
 
 
 def headline(plt, docs: Path) -> None:
@@ -122,7 +109,7 @@ def headline(plt, docs: Path) -> None:
         panels[title] = {n: [int(k) for k, _ in r] + [int(r[0][1])] for n, r in zip(names, rows) if len(r) == 2}
     real = json.loads((docs / RUNS / "recovery.json").read_text())
     panels["Qwen2.5-Coder-0.5B, GSM8K"] = {n: [a["recovered"], a["sound"], a["prompts"]] for n, a in real.items()}
-    fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 2.9), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 2.9), sharey=True)
     names = list(reversed(HEADLINE))
     for axis, (title, found) in zip(axes, panels.items()):
         for y, name in enumerate(names):
@@ -136,17 +123,15 @@ def headline(plt, docs: Path) -> None:
         axis.set_title(f"{title}\n{max(n for *_, n in found.values())} prompts", fontsize=10)
         axis.set_xlim(0, None)
         axis.set_yticks(range(len(names)), [HEADLINE[n] for n in names])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", linewidth=0.4)
+        axis.grid(axis="y", visible=False)
     axes[0].set_ylim(-0.6, len(names) - 0.4)
     fig.supxlabel("percent of zero-hit prompts, 8 continuations or samples each, 95 % interval", fontsize=10)
     handles = dict(zip(*reversed(axes[-1].get_legend_handles_labels())))
     fig.legend(handles.values(), handles, loc="outside upper center", ncols=2, frameon=False)
-    for kind in ("svg", "png"):
-        fig.savefig(docs / f"headline.{kind}", dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    style.save(fig, docs / "headline")
 
 
 if __name__ == "__main__":
     common.Parser(__doc__, prog="python -m experiments.plot").parse_args()
     folder = Path(__file__).resolve().parent.parent / "docs"
-    headline(load(folder), folder)
+    headline(style.load(), folder)

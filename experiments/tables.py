@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md, counted from the files that the stage scripts wrote under evidence.py.
+"""docs/tables.md, counted from the files that the stage scripts wrote under evidence.py.
 
 Shares of prompts have a 95 % Wilson interval; shares of continuations a 95 % bootstrap interval over prompts, since
 what belongs to one prompt is not independent. Both are over the prompts of these base models; "by base model" shows how
@@ -400,7 +400,7 @@ def everything(worlds: dict, bases: dict, groups: dict, arms: dict) -> str:
 
 
 def head_of(file: Path) -> str:
-    """RESULTS.md up to its line `## Tables`, below which the tables go. Raises UserError if there is none."""
+    """docs/tables.md up to its line `## Tables`, below which the tables go. Raises UserError if there is none."""
     head, found, _ = file.read_text().partition("\n## Tables\n")
     if not found:
         raise common.UserError(f"{file}: has no line `## Tables`, below which the tables go")

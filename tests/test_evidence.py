@@ -5,6 +5,7 @@ import json
 import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 import revise
 from eval import wilson_interval
-from experiments import demo, evidence, plot, tables
+from experiments import demo, evidence, plot, style, tables
 from experiments.benches import hours
 from helpers import common
 from helpers.common import UserError, to_line
@@ -268,19 +269,19 @@ def test_tables_of_what_is_complete_go_into_results(base, tmp_path, monkeypatch,
     with pytest.raises(UserError, match="is complete"):
         run("--seeds", "0")
     complete(base)
-    (root / "RESULTS.md").write_text("# Results\n")
+    (root / "docs" / "tables.md").write_text("# Results\n")
     with pytest.raises(UserError, match="## Tables"):
         run("--seeds", "0", "--write")
-    (root / "RESULTS.md").write_text("# Results\n\nfound\n\n## Tables\n\noutdated\n")
+    (root / "docs" / "tables.md").write_text("# Results\n\nfound\n\n## Tables\n\noutdated\n")
     monkeypatch.chdir(ROOT)
     run("--seeds", "0", "1", "--write")
     assert f"left out, not complete: {tmp_path}/toy/base1" in capsys.readouterr().out
-    text = (root / "RESULTS.md").read_text()
+    text = (root / "docs" / "tables.md").read_text()
     assert text.startswith("# Results\n\nfound\n\n## Tables\n\n### toy: 4 zero-hit prompts")
     assert "outdated" not in text
     assert text.endswith((tmp_path / "tables.md").read_text())
     assert sorted(p.name for p in (root / "docs").iterdir()) == [
-        "evidence-steps.png", "evidence-training.png", "evidence-variants.png"]
+        f"evidence-{name}.{kind}" for name in ("steps", "training", "variants") for kind in ("png", "svg")] + ["tables.md"]
     with pytest.raises(UserError, match="--quick"):
         run("--quick", "--write")
 
@@ -290,23 +291,23 @@ def test_figures_show_what_is_in_the_tables(base, tmp_path, monkeypatch):
     drawn = {}
 
     records = {"toy": (toy, TOKENIZER, [tables.Records(base)])}
-    plt = plot.load(tmp_path)
+    plt = style.load()
     saved = plt.Figure.savefig
     monkeypatch.setattr(plt.Figure, "savefig",
-                        lambda fig, path, **k: (drawn.update({path.name: fig}), saved(fig, path, **k)))
+                        lambda fig, path, **k: (drawn.update({Path(path).name: fig}), saved(fig, path, **k)))
     plot.steps(plt, records, tmp_path)
     plot.variants(plt, records, tmp_path)
-    plot.curves(plt, {"toy": [base]}, tmp_path)
+    plot.training(plt, {"toy": [base]}, tmp_path)
     line = {x.get_label(): list(x.get_ydata()) for x in drawn["evidence-steps.png"].axes[0].lines}
-    assert line["recovered"] == [0] * 5 + [0.5] * 6 and line["sound"] == [0] * 5 + [0.25] * 6
+    assert line["right answer"] == [0] * 5 + [50] * 6 and line["right reasoning too"] == [0] * 5 + [25] * 6
     points = [(float(x.get_xdata()[0]), round(float(x.get_ydata()[0]), 2)) for x in
               drawn["evidence-variants.png"].axes[0].lines if len(x.get_xdata()) == 1]
-    assert points[-2:] == [(50.0, len(plot.VARIANTS) - 1 + 0.15), (25.0, len(plot.VARIANTS) - 1 - 0.15)]
+    assert points[-2:] == [(50.0, len(plot.VARIANTS) - 1 + 0.18), (25.0, len(plot.VARIANTS) - 1 - 0.18)]
     means = [x for x in drawn["evidence-training.png"].axes[0].lines if x.get_linewidth() > 1]
-    assert [list(x.get_ydata()) for x in means] == [[0.5, 0.5]] * len(plot.ARMS)
+    assert [list(x.get_ydata()) for x in means] == [[50, 50]] * len(plot.ARMS)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib"):
-        plot.load(tmp_path)
+        style.load()
 
 
 def test_a_failed_command_ends_the_others(monkeypatch, tmp_path):
