@@ -17,18 +17,19 @@ CORE = sorted([*ROOT.glob("*.py"), *(ROOT / "helpers").glob("*.py")])  # what a 
 SOURCES = [*CORE, *sorted((ROOT / "baselines").glob("*.py"))]
 
 LIMITS = {
-    # Somebody who wants to change the method reads these files first
-    "lines of stages and helpers": 4100,  # to become 3000
-    "KB of stages and helpers": 222,  # to become 150; so that lines do not get denser instead
+    # Somebody who wants to change the method reads these files first. To become 3000, and 150 so that lines do not get
+    # denser instead
+    "lines of stages and helpers": 3950, "KB of stages and helpers": 203,
     # Two files side by side on a screen
-    "lines over 100 columns": 536,  # to become 0
+    "lines over 100 columns": 0,
     # A function is one story
-    "functions over 60 lines": 4,  # to become 0
-    # Tests are read too, when one fails
-    "lines of tests": 6650,  # to become 5000
-    # --help is one page for a stage that samples, two for a trainer
-    "flags of rollout": 20, "flags of revise": 36, "flags of train_sft": 19,  # to become 16, 30, 18
-    "flags of train_grpo": 70, "flags of eval": 24,  # to become 45, 16
+    "functions over 60 lines": 0,
+    # Tests are read too, when one fails. To become 5000
+    "lines of tests": 6650,
+    # --help is one page for a stage that samples, two for a trainer. To become 16, 30 and 16 but for the trainers;
+    # train_grpo.py --help leaves those of the revision to revise.py --help
+    "flags of rollout": 20, "flags of revise": 36, "flags of eval": 21, "flags of train_sft": 18,
+    "flags of train_grpo": 45,
 }
 
 
