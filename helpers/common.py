@@ -40,7 +40,11 @@ def printable(text: str) -> str:
 
 # --- flags ----------------------------------------------------------------------------------------
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help: the docstring as it is written, and every default."""
+    """--help: the docstring as it is written, and every default that there is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        none = action.default is None or action.default is False
+        return action.help if none else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
