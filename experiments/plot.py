@@ -15,8 +15,8 @@ from helpers import common
 from toy import sums as toy
 
 WIDTH = 4.6  # inches, of one panel
-HEADLINE = {"LatentRevise": "LatentRevise", "random vertices": "noise of the same size",
-            "hard prefix": "the unmoved prefix", "fresh sampling": "fresh samples, as many",
+HEADLINE = {"LatentRevise": "LatentRevise", "permuted gold": "steered to a wrong answer",
+            "random vertices": "noise of the same size", "hard prefix": "the unmoved prefix", "fresh sampling": "fresh samples, as many",
             "answer hint": "answer hint, as many"}
 RUNS = "runs/qwen2.5-coder-0.5b-gsm8k"
 TITLES = {"toy": "toy world, sums", "toy_words": "toy world, word problems"}
@@ -109,7 +109,7 @@ def headline(plt, docs: Path) -> None:
         panels[title] = {n: [int(k) for k, _ in r] + [int(r[0][1])] for n, r in zip(names, rows) if len(r) == 2}
     real = json.loads((docs / RUNS / "recovery.json").read_text())
     panels["Qwen2.5-Coder-0.5B, GSM8K"] = {n: [a["recovered"], a["sound"], a["prompts"]] for n, a in real.items()}
-    fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 2.9), sharey=True)
+    fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 3.2), sharey=True)
     names = list(reversed(HEADLINE))
     for axis, (title, found) in zip(axes, panels.items()):
         for y, name in enumerate(names):
