@@ -16,8 +16,8 @@ from toy import sums as toy
 
 WIDTH = 4.6  # inches, of one panel
 HEADLINE = {"LatentRevise": "LatentRevise", "permuted gold": "steered to a wrong answer",
-            "random vertices": "noise of the same size", "hard prefix": "the unmoved prefix", "fresh sampling": "fresh samples, as many",
-            "answer hint": "answer hint, as many"}
+            "random vertices": "noise of the same size", "hard prefix": "the unmoved prefix",
+            "fresh sampling": "fresh samples, as many", "answer hint": "answer hint, as many"}
 RUNS = "runs/qwen2.5-coder-0.5b-gsm8k"
 TITLES = {"toy": "toy world, sums", "toy_words": "toy world, word problems"}
 ARMS = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")
