@@ -36,14 +36,17 @@ from experiments import show
 from helpers import common, training
 
 # A verifier that hits and misses, and does to one process what a file named `trigger` beside it says: "rank call what".
-VERIFIER = """import os, pathlib, time
+VERIFIER = """import contextlib, os, pathlib, time
 calls = 0
 def verify(response, gold):
     global calls
     calls += 1
     trigger = pathlib.Path(__file__).with_name("trigger")
-    if trigger.exists():
-        rank, call, what = trigger.read_text().split()
+    said = ""
+    with contextlib.suppress(FileNotFoundError):  # also where another process has just removed it
+        said = trigger.read_text()
+    if said:
+        rank, call, what = said.split()
         if (os.environ.get("RANK", "0"), str(calls)) == (rank, call):
             trigger.unlink()
             if what == "raise":
