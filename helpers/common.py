@@ -368,6 +368,7 @@ def run_script(get_args, main) -> None:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             start_group()
+            barrier()  # all are there: a rank that finds bad input at once is not taken for lost
         main(args)
     except UserError as e:
         code, message = 2, f"error: {e}"
