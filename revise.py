@@ -405,15 +405,17 @@ def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn:
     soft = verdicts(policy, [f.r + row.ids for row in drawn], failed, verify)
     hard = iter(verdicts(policy, [projected + row.ids for row, right in zip(drawn, soft) if right],
                          failed, verify))
+    guided = []
+    if "guide_answer" in failed:  # --gold permuted
+        other = failed | {"answer": failed["guide_answer"]}
+        guided = verdicts(policy, [projected + row.ids for row in drawn], other, verify)
     continuations = []
-    for row, right in zip(drawn, soft):
-        trajectory = projected + row.ids
-        c = {"ids": row.ids, "finish": row.finish,
-             "response": policy.tokenizer.decode(trajectory, skip_special_tokens=True),
+    for m, (row, right) in enumerate(zip(drawn, soft)):
+        text = policy.tokenizer.decode(projected + row.ids, skip_special_tokens=True)
+        c = {"ids": row.ids, "finish": row.finish, "response": text,
              "soft_reward": right, "reward": int(right and next(hard) and not ends)}
-        if "guide_answer" in failed:
-            other = failed | {"answer": failed["guide_answer"]}
-            c["guide_reward"], = verdicts(policy, [trajectory], other, verify)
+        if guided:
+            c["guide_reward"] = guided[m]
         if c["reward"] and min_logprob is not None:
             rows = [{"prompt_ids": f.q + projected, "response_ids": row.ids}]
             with torch.no_grad():
