@@ -215,8 +215,9 @@ def strips(axis) -> None:
     for k in range(8):
         x, right = 4.62 + 0.23 * k, k == 3
         colour = GREEN if right else ORANGE
-        box_ = {"boxstyle": "round,pad=0.25", "facecolor": colour + "1a", "edgecolor": colour, "linewidth": 0.8}
-        axis.text(x, y, "✓" if right else "✗", color=colour, fontsize=8, va="center", ha="center", bbox=box_)
+        box_ = {"boxstyle": "round,pad=0.25", "facecolor": colour + ("ff" if right else "1a"), "edgecolor": colour}
+        axis.text(x, y, "✓" if right else "✗", color="white" if right else colour, fontsize=8, va="center",
+                  ha="center", bbox=box_)
 
 
 def hull(axis) -> None:
