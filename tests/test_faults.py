@@ -1,4 +1,4 @@
-"""Faults, hostile data and hostile models: the rows of the table in README "Reliability", a test each.
+"""Faults, hostile data and hostile models: the rows of the table in docs/reliability.md, a test each.
 
 Files are compared with those of an undisturbed run, times left out: byte for byte but for draws (conftest.NEAR).
 tests/soak.py kills at random moments.
