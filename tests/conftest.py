@@ -14,15 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a miss
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,11 +33,10 @@ SHAPE = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hi
 
 def tiny_model(family: str, tied: bool = True, seed: int = 0):
     """A random model with attention that is far from uniform, so that a wrong mask or position shows."""
-    config, cls = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-                   "llama": (LlamaConfig, LlamaForCausalLM)}[family]
     extra = {"head_dim": 8} if family == "qwen3" else {}
     torch.manual_seed(seed)
-    model = cls(config(**SHAPE, tie_word_embeddings=tied, initializer_range=0.15, **extra))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **SHAPE, tie_word_embeddings=tied, initializer_range=0.15, **extra))
     model.set_attn_implementation("sdpa")
     return model.eval()
 
@@ -74,14 +65,24 @@ def tiny_tokenizer(chat: bool = True):
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A saved tiny Qwen2 with a chat tokenizer, as --model takes it."""
-    path = tmp_path_factory.mktemp("model") / "qwen2"
-    tiny_model("qwen2").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
+    return save(tmp_path_factory.mktemp("model") / "qwen2")
+
+
+def save(path: Path, model=None, tokenizer=None) -> Path:
+    """A model folder; without a model a tiny Qwen2."""
+    (model or tiny_model("qwen2")).save_pretrained(path)
+    (tokenizer or tiny_tokenizer()).save_pretrained(path)
     return path
 
 
 # --- running stages ---------------------------------------------------------------------------------------------------
-PARITY = "def verify(response, gold):\n    return len(response) % 2 == 1\n"  # hits and misses from a random model
+# Hits and misses from a random model. The last character is one that a continuation has, whatever its prefix
+PARITY = "def verify(response, gold):\n    return len(response) % 2 == 1\n"
+QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
+NEVER = "def verify(response, gold):\n    return False\n"
+WRAPPER = ("Solve the following math problem step by step. The last line of your response should be of the form "
+           "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your "
+           "answer on its own line after \"Answer:\".")  # DAPO's
 
 
 def write_problems(path: Path, count: int = 5) -> Path:
@@ -105,17 +106,34 @@ def without_seconds(records: list[dict]) -> list[dict]:
             for r in records]
 
 
+def files(folder: Path) -> dict[str, bytes | list]:
+    """Every file of a run but run.json, which has the time and the command; times are taken out of the metrics."""
+    def content(p: Path) -> bytes | list:
+        data = p.read_bytes()
+        return without_seconds(read(p)) if p.name == "metrics.jsonl" and data.endswith(b"\n") else data
+    return {str(p.relative_to(folder)): content(p) for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name != "run.json"}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Byte for byte but for times. Training and revision make batches of the same shapes after a restart."""
+    a, b = files(one), files(other)
+    assert a.keys() == b.keys() and not [name for name in a if a[name] != b[name]]
+
+
 def args_for(tmp_path: Path, *extra: str) -> argparse.Namespace:
     return rollout.get_args(["--model", "m", "--data", "d", "--out", str(tmp_path), *extra])
 
 
 def run(script: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """A stage as a user runs it, through python or torchrun: seconds of imports every time."""
+    """A stage, or a module, as a user runs it, through python or torchrun: seconds of imports every time."""
     launcher = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                            env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}, timeout=300,
-                            check=False)
+    what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    result = subprocess.run(
+        [*launcher, *what, *map(str, args)], capture_output=True, text=True, timeout=300, check=False,
+        cwd=None if script.endswith(".py") else ROOT,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"})
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -231,22 +249,18 @@ def same_rollouts(one: Path, other: Path) -> bool:
 def assert_same_sampling(one: Path, other: Path, again) -> None:
     """Two folders of rollout.py or eval.py: the same files, byte for byte if what was drawn is. Otherwise what the
     stage makes of its own draws: again() runs it once more on `other`, where nothing is left to sample."""
-    def tree(folder: Path) -> dict[str, bytes]:
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-                if p.is_file() and p.name != "run.json"}  # which holds when and how it was started
-
-    before = tree(other)
-    assert before.keys() == tree(one).keys()
+    before = files(other)
+    assert before.keys() == files(one).keys()
     drawn = [name for name in before if Path(name).name == "rollouts.jsonl"]
     assert drawn
     equal = [same_rollouts(one / name, other / name) for name in drawn]  # each is compared, whatever the first one says
     if all(equal):
-        assert before == tree(one)
+        assert_same_files(one, other)
         return
     for name in before.keys() - {*drawn}:
         (other / name).unlink()
     again()
-    assert tree(other) == before
+    assert files(other) == before
 
 
 TRAINED = 1e-5  # NEAR where two runs' weights differ in the last digits too

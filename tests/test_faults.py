@@ -6,7 +6,6 @@ tests/soak.py kills at random moments.
 import argparse
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -20,12 +19,13 @@ import test_show
 import torch
 from conftest import (
     ROOT,
+    assert_same_files,
     assert_same_sampling,
+    files,
     read,
     run,
     tiny_model,
     tiny_tokenizer,
-    without_seconds,
     write_problems,
 )
 from processes import Group, run_stage
@@ -70,7 +70,8 @@ class World:
             "rollout": [*shared, *sampling, "--data", data, "-n", 2, "--decode-rows", 3],
             "train_grpo": [*shared, *sampling, "--data", data, "--steps", 4, "--save-every", 2, "--batch-size", 4,
                            "--group-size", 2, "--revise", "--revision-steps", 2, "--continuations", 2],
-            "eval": [*shared, *sampling, "--data", data, "-n", 2, "--k", 1, "--decode-rows", 3]}
+            "eval": [*shared, *sampling, "--data", data, write_problems(path / "e.jsonl", 3), "-n", 2, "--k", 1,
+                     "--decode-rows", 3]}
         rollouts = self.undisturbed("rollout")
         self.flags["revise"] = [*shared, *sampling, "--rollouts", rollouts, "--continuations", 2, "--revision-steps", 2,
                                 "--revise-tokens", 120]
@@ -108,16 +109,7 @@ class World:
         if name in ("rollout", "eval"):
             assert_same_sampling(straight, out, again)
         else:
-            assert files(out) == files(straight)
-
-
-def files(out: Path) -> dict[str, bytes | list]:
-    """Every file under a folder but run.json, which has the time and the command;
-    times are taken out of the metrics."""
-    def content(p: Path) -> bytes | list:
-        data = p.read_bytes()
-        return without_seconds(read(p)) if p.name == "metrics.jsonl" and data.endswith(b"\n") else data
-    return {str(p.relative_to(out)): content(p) for p in out.rglob("*") if p.is_file() and p.name != "run.json"}
+            assert_same_files(straight, out)
 
 
 def last_line(error: str) -> str:
@@ -132,14 +124,21 @@ def world(tmp_path_factory, model_dir):
 
 
 # --- kills, torn and damaged files ------------------------------------------------------------------------------------
-# Files change (conftest.die_at) at no fewer moments of rank 0, however the work is shared; the first two make run.json
-@pytest.mark.parametrize("name,last", [
-    ("rollout", 8), ("revise", 8), ("train_sft", 14), ("train_grpo", 11), ("eval", 10)])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kill_9_and_the_same_command_gives_the_same_files(tmp_path, world, name, last, processes):
-    moment = random.Random(f"{name} {processes}").randint(3, last)
-    codes, _ = world.run(name, tmp_path / "o", processes, kill_at=moment)
-    assert -signal.SIGKILL in codes and 0 not in codes[:1]
+# Moments at which files change (processes.die_at), of rank 0: 1-2 make run.json (eval.py: 1-2 and 5-6), then lines are
+# appended, checkpoints (train_sft.py: 5-6, 9-10; train_grpo.py: 6-7) and results renamed. A continued run counts anew,
+# and cuts its logs first. On two processes there are no fewer
+KILLS = {"rollout": [(3,), (6,), (8,)], "revise": [(2,), (3,), (4, 3), (7,), (8,)],
+         "train_sft": [(2,), (3, 3), (6, 5), (8,), (11, 4), (14,)], "train_grpo": [(3,), (5,), (9, 7), (11,)],
+         "eval": [(3,), (6,), (9, 8)]}
+
+
+@pytest.mark.parametrize("name,kills,processes", [
+    (name, kills, processes) for name, several in KILLS.items() for processes in (1, 2)
+    for kills in (several if processes == 1 else several[1::2])], ids=str)
+def test_kill_9_and_the_same_command_gives_the_same_files(tmp_path, world, name, kills, processes):
+    for moment in kills:
+        codes, _ = world.run(name, tmp_path / "o", processes, kill_at=moment)
+        assert -signal.SIGKILL in codes and 0 not in codes[:1]
     world.finishes_like_an_undisturbed_run(name, tmp_path / "o", processes)
 
 
@@ -147,7 +146,7 @@ def test_kill_9_and_the_same_command_gives_the_same_files(tmp_path, world, name,
 def test_two_runs_with_one_seed_are_identical(tmp_path, world, name):
     codes, errors = world.run(name, tmp_path / "o")
     assert codes == [0], errors
-    assert files(tmp_path / "o") == files(world.undisturbed(name))  # the same shapes, and so the same bits
+    assert_same_files(world.undisturbed(name), tmp_path / "o")  # the same shapes, and so the same bits
 
 
 def test_a_part_file_cut_at_any_byte_keeps_its_whole_lines_alone(tmp_path):
@@ -228,7 +227,7 @@ def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["rollout", "eval"])
 def test_finished_rollouts_that_were_cut_are_not_taken_for_whole(tmp_path, world, name):
     out = shutil.copytree(world.undisturbed(name), tmp_path / "o")
-    final = next(out.rglob("rollouts.jsonl"))
+    final = min(out.rglob("rollouts.jsonl"))
     lines = final.read_text().splitlines(keepends=True)
     for text, message in [("".join(lines[:-1]), "does not hold 2 rollouts of each problem; remove it"),
                           ("".join(lines)[:-9], r"rollouts\.jsonl:16: not JSON"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import (
     TOKENS,
+    WRAPPER,
     args_for,
     assert_same_sampling,
     assert_same_texts,
@@ -371,10 +372,7 @@ def problems_in(tmp_path, record: dict, *flags, **more) -> list[dict]:
 
 
 def test_dapo_wrapper_is_replaced(tmp_path):
-    wrapped = ("Solve the following math problem step by step. The last line of your response should be of the form "
-               "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\n"
-               "Note: x>0.\n\nRemember to put your answer on its own line after \"Answer:\".")
-    assert problems_in(tmp_path, {"problem": wrapped, "answer": 3}) == [
+    assert problems_in(tmp_path, {"problem": WRAPPER.format("Find $x$.\n\nNote: x>0."), "answer": 3}) == [
         {"id": "1", "problem": "Find $x$.\n\nNote: x>0.", "answer": "3"}]
 
 
