@@ -1,7 +1,9 @@
 """Small random models of the real architectures, and a tokenizer smaller than their embedding."""
 import argparse
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a miss
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +76,19 @@ def save(path: Path, model=None, tokenizer=None) -> Path:
     (model or tiny_model("qwen2")).save_pretrained(path)
     (tokenizer or tiny_tokenizer()).save_pretrained(path)
     return path
+
+
+class Shapes(TorchDispatchMode):
+    """As a context: the shapes of all tensors that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {t.shape for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)}
+        return out
 
 
 # --- running stages ---------------------------------------------------------------------------------------------------
@@ -174,6 +190,82 @@ def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool 
     expected = -signal.SIGKILL if kill_at else 0
     assert not check or code == expected, f"exit {code}\n{err}"
     return subprocess.CompletedProcess([script, *argv], code, out, err)
+
+
+# --- a stage in this process, on inputs to spoil ----------------------------------------------------------------------
+STAGES = ["rollout", "revise", "train_sft", "train_grpo", "eval"]
+SAMPLERS = ["rollout", "revise", "train_grpo", "eval"]
+READERS = ["rollout", "train_grpo", "eval"]  # of problems
+
+
+class Trap:
+    """Pickled code that leaves a file behind when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class Desk:
+    """Good inputs for every stage, to spoil one at a time."""
+
+    def __init__(self, path, model_dir, monkeypatch, capsys):
+        self.path, self.out, self.monkeypatch, self.capsys = path, path / "out", monkeypatch, capsys
+        self.data = write_problems(path / "d.jsonl", 3)
+        self.rollouts = path / "rollouts"
+        self.rollouts.mkdir()
+        self.write_rollouts()
+        self.rows = path / "rows.jsonl"
+        self.rows.write_text(json.dumps({"prompt_ids": [5, 6], "response_ids": [7, 1]}) + "\n")
+        shared = {"--model": model_dir, "--out": self.out, "--device": "cpu"}
+        sampling = {"--verifier": write_verifier(path / "v.py"), "--max-new-tokens": 12}
+        self.flags = {
+            "rollout": shared | sampling | {"--data": self.data, "-n": 2},
+            "revise": shared | sampling | {"--rollouts": self.rollouts, "--continuations": 2},
+            "train_sft": shared | {"--data": self.rows, "--steps": 1, "--batch-size": 1},
+            "train_grpo": shared | sampling | {"--data": self.data, "--steps": 1, "--batch-size": 1,
+                                               "--group-size": 2, "--revise": None},
+            "eval": shared | sampling | {"--data": self.data, "-n": 2, "--k": 1}}
+
+    def write_rollouts(self, **changes):
+        self.rollouts.joinpath("rollouts.jsonl").write_text("".join(json.dumps(
+            {"id": f"p{i}", "sample": 0, "prompt_ids": [5, 6], "response_ids": [7] * 10, "response": "x",
+             "finish": "length", "reward": 0, "answer": str(i)} | changes) + "\n" for i in range(2)))
+
+    def run(self, name, changes):
+        """Run a stage in this process: exit code, stderr."""
+        argv = []
+        for flag, value in (self.flags[name] | changes).items():
+            argv += [flag, *map(str, value if isinstance(value, list) else [] if value is None else [value])]
+        module = importlib.import_module(name)
+        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+        self.capsys.readouterr()
+        try:
+            common.run_script(module.get_args, module.main)
+        except SystemExit as e:
+            return e.code, self.capsys.readouterr().err
+        return 0, self.capsys.readouterr().err
+
+    def fails(self, name, message, changes=None):
+        """Exactly one line, the right code, and an output folder that holds no more than before."""
+        before = self.tree()
+        code, err = self.run(name, changes or {})
+        assert code == 2, err
+        assert re.fullmatch(rf"{name}\.py: error: .*{message}.*\n", err), err
+        assert self.tree() == before
+        return err
+
+    def tree(self):
+        """Every file under the output folder; a run.json alone does not count, the next command may replace it."""
+        files = [p for p in self.out.rglob("*") if p.is_file()] if self.out.is_dir() else []
+        return {p: p.read_bytes() for p in files} if any(p.name != "run.json" for p in files) else {}
+
+
+@pytest.fixture
+def desk(tmp_path, model_dir, monkeypatch, capsys):
+    return Desk(tmp_path, model_dir, monkeypatch, capsys)
 
 
 # --- drawn text, which is the same up to float32 rounding -------------------------------------------------------------

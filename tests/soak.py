@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, assert_same_sampling, read, tiny_model, tiny_tokenizer
-from test_faults import STAGES, World, files
+from conftest import ROOT, assert_same_sampling, files, read, save
+from test_faults import STAGES, World
 
 from toy import sums as toy
 
@@ -42,9 +42,7 @@ def same(name: str, out: Path, world: World, processes: int = 1) -> bool:
 
 
 def make_world(path: Path) -> World:
-    tiny_model("qwen2").save_pretrained(path / "qwen2")
-    tiny_tokenizer().save_pretrained(path / "qwen2")
-    return World(path, path / "qwen2")
+    return World(path, save(path / "qwen2"))
 
 
 def kill(args: argparse.Namespace, path: Path) -> bool:

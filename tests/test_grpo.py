@@ -64,14 +64,6 @@ def test_table7_is_what_the_trainers_do_by_default():
     assert grpo_args("--algo", "dapo", "--kl-coef", 0.1).kl_coef == 0.1
 
 
-def test_the_flags_of_the_revision_are_taken_and_others_are_not(capsys):
-    args = grpo_args("--revise", "--min-logprob", "-0.5", "--template", "So: ", "--rho", 0.5, "--steps", 3)
-    assert (args.min_logprob, args.template, args.rho, args.steps) == (-0.5, "So: ", 0.5, 3)
-    with pytest.raises(SystemExit) as e:
-        grpo_args("--rhoo", 0.5)
-    assert e.value.code == 2 and "unrecognized arguments: --rhoo 0.5" in capsys.readouterr().err
-
-
 # --- Sec. 3.1: the objective of GRPO ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("rewards", [[1, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0], [0.5, -1, 0, 1], [1, 0]])
 def test_sec31_advantages_equal_a_hand_computation(rewards):

@@ -3,7 +3,7 @@ import argparse
 
 import pytest
 import torch
-from conftest import ROWS, TOKENS, tiny_model
+from conftest import ROWS, TOKENS, Shapes, tiny_model
 
 import revise
 from experiments import literal
@@ -161,25 +161,14 @@ def test_checkpointed_activations_give_the_same_gradient():
 
 def test_no_tensor_of_rows_times_vocabulary_exists():
     """Neither in the head nor in the oracle, once the rows exceed a chunk."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            largest = max([largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out)
-                                      if isinstance(t, torch.Tensor))])
-            return out
-
     model, batch = tiny_model("qwen2"), failures([(5, 90, 30, 3)])
     W = model.get_input_embeddings().weight.detach()
     with revise.frozen(model):
         p = revise.pack(batch, (1.0, 1.0, 0.1), False, W.device)
-        with Watch():
+        with Shapes() as shapes:
             _, G = revise.losses_and_gradient(model, p, W[batch[0].r], head_rows=8)
             revise.best_rows(-G, W, ALLOWED, chunk=16)
-    assert 0 < largest < 90 * TOKENS
+    assert 0 < max(s.numel() for s in shapes.seen) < 90 * TOKENS
 
 
 def test_rollouts_longer_than_a_sliding_window_are_refused():
@@ -192,8 +181,9 @@ def test_rollouts_longer_than_a_sliding_window_are_refused():
 
 
 @pytest.mark.parametrize("n,rho,expected", [
-    (10, 0.8, 8), (9, 0.8, 7), (1, 0.8, 0), (5, 0.2, 1), (4, 0.2, 0), (2, 0.5, 1)])
-def test_sec3_cut_is_the_floor_of_rho_times_tokens(n, rho, expected):
+    (10, 0.8, 8), (9, 0.8, 7), (1, 0.8, 0), (5, 0.2, 1), (4, 0.2, 0), (2, 0.5, 1), (200, 1e-9, 0),
+    (200, 1 - 1e-12, 199)])
+def test_sec3_cut_is_the_floor_of_rho_times_tokens_and_leaves_a_continuation(n, rho, expected):
     assert revise.cut([0] * n, rho) == expected
 
 

@@ -286,8 +286,6 @@ def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_p
         for policy, optimizer in zip((one, other), optimizers):
             step(policy, optimizer)
         assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
-    with pytest.raises(common.UserError, match="--steps 1: --out holds a checkpoint of step 2"):
-        training.load_checkpoint(tmp_path, other.model, optimizers[1], 1)
     wider = copy.deepcopy(model.config)
     wider.intermediate_size *= 2
     for wrong in (tiny_model("qwen2"), type(model)(wider)):  # other names, other shapes
