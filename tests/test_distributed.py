@@ -21,7 +21,6 @@ from test_train import (
 )
 from transformers import AutoModelForCausalLM
 
-import train_sft
 from experiments.benches import memory, tools
 from helpers import common, training
 
@@ -147,12 +146,6 @@ def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path,
     assert any(not torch.equal(v, v.bfloat16().float()) for v in trained.values())  # master weights are finer
 
 
-def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir):
-    data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
-    with pytest.raises(common.UserError, match="--shard off"):
-        train_sft.main(sft_args(model_dir, data, tmp_path / "o", "--dtype", "bfloat16", "--shard", "off"))
-
-
 @pytest.mark.parametrize("dtype,device,world,expected", [
     ("float32", "cpu", 1, False), ("float32", "cpu", 2, False),
     ("float32", "cuda", 1, False), ("float32", "cuda", 2, True),
@@ -160,6 +153,9 @@ def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir):
 def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, device, world, expected):
     monkeypatch.setattr(common, "world_size", lambda: world)
     assert training.is_sharded(sft_args("m", "d", "o", "--dtype", dtype), torch.device(device)) is expected
+    if dtype == "bfloat16":
+        with pytest.raises(common.UserError, match="--shard off"):
+            training.is_sharded(sft_args("m", "d", "o", "--dtype", dtype, "--shard", "off"), torch.device(device))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -208,10 +208,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path, world
 
 
 def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
+    """It is safetensors and text alone."""
     model = tiny_model("qwen2")
     optimizer = training.make_optimizer(model, type("", (), {"lr": 0.1}))
     training.save_checkpoint(tmp_path, common.Policy(model, tiny_tokenizer(), 0, []), optimizer, {"step": 2}, 2)
     folder = tmp_path / "checkpoint-000002"
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json", ".jinja"}
     for name, pickled in [("model.safetensors", "pytorch_model.bin"),
                           ("optimizer-exp_avg.safetensors", "optimizer.pt")]:
         safe = (folder / name).read_bytes()

@@ -262,13 +262,6 @@ def test_eval_takes_checkpoints_as_models(tmp_path, straight):
     assert len(numbers) == 4 and numbers[1] == numbers[3] and numbers[0] != numbers[1] != numbers[2]
 
 
-def test_a_checkpoint_is_safetensors_and_text_alone(tmp_path, straight):
-    stage("train_sft.py", *straight[1], "--out", tmp_path / "o", kill_at=7)
-    files = [p for p in (tmp_path / "o/checkpoint-000002").iterdir() if p.suffix != ".safetensors"]
-    assert all(p.suffix in (".json", ".jinja") and p.read_text() for p in files)
-    assert len(list((tmp_path / "o/checkpoint-000002").glob("optimizer-*.safetensors"))) == 3
-
-
 def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_path):
     model, rows = tiny_model("qwen3", tied=False), make_rows(SIZES)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_verifier import box
 
 from verifier import extract_boxed, verify
 
@@ -22,10 +23,6 @@ SETS = {"math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva": 272,
         "dapo14k": 14_116}
 some = settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 few = settings(some, max_examples=25)
-
-
-def box(answer: str) -> str:
-    return rf"Hence the answer is $\boxed{{{answer}}}$."
 
 
 # ---- generated answers
