@@ -73,6 +73,8 @@ class World:
                            "--group-size", 2, "--revise", "--revision-steps", 2, "--continuations", 2],
             "eval": [*shared, *sampling, "--data", data, write_problems(path / "e.jsonl", 3), "-n", 2, "--k", 1,
                      "--decode-rows", 3]}
+        self.flags["baselines.train_opsd"] = [*shared, *sampling, "--data", data, "--steps", 4, "--save-every", 2,
+                                              "--batch-size", 4]
         rollouts = self.undisturbed("rollout")
         self.flags["revise"] = [*shared, *sampling, "--rollouts", rollouts, "--continuations", 2, "--revision-steps", 2,
                                 "--revise-tokens", 120]
@@ -130,7 +132,7 @@ def world(tmp_path_factory, model_dir):
 # and cuts its logs first. On two processes there are no fewer
 KILLS = {"rollout": [(3,), (6,), (8,)], "revise": [(2,), (3,), (4, 3), (7,), (8,)],
          "train_sft": [(2,), (3, 3), (6, 5), (8,), (11, 4), (14,)], "train_grpo": [(3,), (5,), (9, 7), (11,)],
-         "eval": [(3,), (6,), (9, 8)]}
+         "eval": [(3,), (6,), (9, 8)], "baselines.train_opsd": [(5,), (9, 7)]}
 
 
 @pytest.mark.parametrize("name,kills,processes", [

@@ -28,8 +28,6 @@ from helpers import common, sampling
 from helpers.common import Policy
 
 PROMPTS = [torch.tensor([5, 9, 30]), torch.tensor([7]), torch.arange(20, 37)]
-
-
 ENDS = [1, *range(60, 70)]  # about one token in 14: lengths differ much
 MANY = [torch.arange(3, 3 + n) for n in (4, 1, 9, 2, 40, 3, 1, 70, 5, 12, 2, 6)]  # longer ones join after shorter ones
 FAMILIES = pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
