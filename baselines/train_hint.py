@@ -1,10 +1,10 @@
-"""GRPO that rescues a zero-hit group by the answer hint: a right response to a prompt that tells the answer takes the
-place of a failed one, as if the plain prompt had led to it (see hint.py).
+"""GRPO that rescues a zero-hit group by the answer hint: a right response to a prompt that tells the
+answer takes the place of a failed one, as if the plain prompt had led to it (see hint.py).
 
-    python -m baselines.train_hint --model toy/sums_model --data hard.jsonl --out out/grpo-hint --steps 60
+    python -m baselines.train_hint --model toy/sums_model --data hard.jsonl --out out/grpo-hint
 
-Flags, files and everything else are those of train_grpo.py with --revise; N hinted responses are drawn for a group
-without a hit, as many as the group has. Differs from train_grpo.py: `recover` alone.
+Flags, files and everything else are those of train_grpo.py with --revise; as many hinted responses
+are drawn for a group without a hit as the group has. Differs from train_grpo.py: `recover` alone.
 """
 import argparse
 
@@ -16,17 +16,18 @@ from helpers.common import Policy
 PROBLEMS: dict[str, dict] = {}  # {id: problem}: recover() is given the failed rollouts alone
 
 
-def recover(policy: Policy, failed: list[dict], key: tuple, args: argparse.Namespace, verify) -> dict[str, dict]:
-    """{id: right trajectory} for those of the failed rollouts, one a prompt, that can be recovered."""
+def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dict[str, dict]:
+    """{id: right trajectory} for those of the failed rollouts, one a prompt, that can be
+    recovered."""
     hinted = []
     for r in failed:
-        p = PROBLEMS[r["id"]]
-        told = p | {"problem": rollout.add_text(p["problem"], after=args.hint.replace("{answer}", r["answer"]))}
-        hinted.append({k: v for k, v in told.items() if k != "prompt_ids"})
+        p, hint = PROBLEMS[r["id"]], args.hint.replace("{answer}", r["answer"])
+        hinted.append(p | {"problem": rollout.add_text(p["problem"], after=hint)})
     rollout.add_prompts(policy, hinted, args)
     groups = train_grpo.sample_groups(policy, hinted, (*key, "hint"), args, verify)
     plain = {r["id"]: {k: r[k] for k in ("prompt_ids", "sample")} for r in failed}
-    return {r["id"]: r | plain[r["id"]] for group in groups for r in [r for r in group if r["reward"]][:1]}
+    right = [[r for r in group if r["reward"]][:1] for group in groups]
+    return {r["id"]: r | plain[r["id"]] for some in right for r in some}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
