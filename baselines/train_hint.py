@@ -1,5 +1,5 @@
-"""GRPO that rescues a zero-hit group by the answer hint: a right response to a prompt that tells the
-answer takes the place of a failed one, as if the plain prompt had led to it (see hint.py).
+"""GRPO that rescues a zero-hit group by the answer hint: a right response to a prompt that tells
+the answer takes the place of a failed one, as if the plain prompt had led to it (see hint.py).
 
     python -m baselines.train_hint --model toy/sums_model --data hard.jsonl --out out/grpo-hint
 
