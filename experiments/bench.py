@@ -8,6 +8,7 @@
     grpo      one update of train_grpo.py against TRL's GRPOTrainer (requirements-bench.txt) and against full logits of
               rows padded to the longest (CPU)
     memory    the formula of the README against what toy/sums_model keeps (CPU), and the paper's models
+    real      the first two with --model and the prompts of --data (CPU), and the share of the product rate
     hours     GPU-hours of the recipes, computed
 
 Fields: `measure`, `ours`, `reference`, `ratio` = reference / ours (above 1: ours is better), `unit`, `shape`;
@@ -26,7 +27,10 @@ from helpers import common
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["revise", "rollout", "grpo", "memory", "hours"], help="[ours] what to measure")
+    parser.add_argument("what", choices=["revise", "rollout", "grpo", "memory", "real", "hours"],
+                        help="[ours] what to measure")
+    parser.add_argument("--model", default="toy/sums_model", help="[ours] real: a model")
+    parser.add_argument("--data", help="[ours] real: its problems")
     parser.add_argument("--device", default="auto", help="[ours] auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="[ours] as elsewhere")
     parser.add_argument("--runs", type=int, default=5, help="[ours] interleaved runs of each; the median is reported")

@@ -1,8 +1,11 @@
 """experiments/real_model.py: its proxies of soundness, and its table on a folder that the stages made."""
-import pytest
-from conftest import QUARTER, stage, write_problems, write_verifier
+import json
 
-from experiments import real_model
+import pytest
+from conftest import QUARTER, ROOT, stage, write_problems, write_verifier
+
+from experiments import bench, real_model
+from experiments.benches import real
 
 
 @pytest.mark.parametrize("text,found", [
@@ -42,3 +45,15 @@ def test_the_table_counts_what_the_stages_wrote(tmp_path, model_dir, capsys):
     assert fresh[-2:] == ["-", "-"] and noise[-1] != "-" != latentrevise[-1]
     tokens = [int(x[5].replace(",", "")) for x in (fresh, latentrevise, noise)]
     assert tokens[1] > max(tokens[0], tokens[2])  # noise takes no pass
+
+
+def test_bench_of_a_real_model_measures_what_it_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(real, "SAMPLES", 1)
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"problem": f"1{i}+4?", "answer": f"1{4 + i}"}) + "\n" for i in range(8)))
+    bench.main(bench.get_args(["real", "--model", str(ROOT / "toy/sums_model"), "--data", str(data), "--runs", "1",
+                               "--dtype", "float32"]))
+    step, sampling = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (step["measure"], sampling["measure"], sampling["rows"]) == ("real_step", "real_sampling", 8)
+    assert step["ratio"] == pytest.approx(step["reference"] / step["ours"], abs=1e-3)
+    assert 0 < sampling["gflops"] and 0 < sampling["share_of_products"] < 1
