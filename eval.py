@@ -21,7 +21,7 @@ import numpy as np
 
 import rollout
 from helpers import common, sampling, verifying
-from helpers.common import UserError
+from helpers.common import POSITIVE, UserError
 
 BOOTSTRAP = 10_000  # resamples
 PAPER_AVERAGE = {"aime24", "aime25", "amc23", "math500"}  # of Tables 1 to 3
@@ -111,12 +111,11 @@ def table(results: list[dict], ks: list[int]) -> str:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     common.add_model_args(parser, several=True)
-    positive = common.checked(int, lambda n: n > 0)
     parser.add_argument("--data", nargs="+", required=True, help="problem sets, JSONL")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=positive, default=32,
+    parser.add_argument("-n", "--n", type=POSITIVE, default=32,
                         help="[Table 1] samples per problem")
-    parser.add_argument("--k", type=positive, nargs="+", default=[1, 32],
+    parser.add_argument("--k", type=POSITIVE, nargs="+", default=[1, 32],
                         help="[Table 1] pass@k for these k")
     sampling.add_sampling_args(parser, max_new_tokens=32000)
     rollout.add_problem_args(parser)

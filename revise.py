@@ -46,7 +46,7 @@ from transformers import AttentionInterface
 
 import rollout
 from helpers import common, sampling, training, verifying
-from helpers.common import Policy, UserError, checked
+from helpers.common import COUNT, POSITIVE, Policy, UserError, checked
 from helpers.sampling import row_key
 
 # Dimension key: B rollouts, Q prompt, R prefix, C continuation, A branch (template, gold answer),
@@ -556,7 +556,7 @@ def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], guide: dic
     records, unsolved = [], prompts
     for attempt in range(max(map(len, prompts))):
         unsolved = [places for places in unsolved if attempt < len(places)]
-        rows = [common.read_at(*places[attempt][:3]) for places in unsolved]
+        rows = [places[attempt].read() for places in unsolved]
         if guide:
             rows = [row | {"guide_answer": guide[row["id"]]} for row in rows]
         new = revise_batch(policy, rows, args, verify) if rows else []
@@ -567,12 +567,11 @@ def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], guide: dic
 
 def add_revision_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the method, shared with train_grpo.py --revise."""
-    count, positive = checked(int, lambda n: n >= 0), checked(int, lambda n: n > 0)
     finite, share = checked(float, math.isfinite), checked(float, lambda x: 0 < x < 1)
     group = parser.add_argument_group("the revision")
     add = group.add_argument
     add("--rho", type=share, default=0.8, help="[Table 7] share of the failed rollout to revise")
-    add("--revision-steps", type=count, default=10,
+    add("--revision-steps", type=COUNT, default=10,
         help="[Table 7] K, Frank-Wolfe steps; 0 is a control, the prefix as it is")
     add("--gamma0", type=checked(float, lambda x: 0 < x <= 1), default=0.1,
         help="[Table 7] scale of the step sizes gamma0 * 2/(i+1)")
@@ -581,7 +580,7 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--explore-weight", type=finite, default=1.0, help="[Eq. 5] weight of L_explore")
     add("--eps-stop", type=finite, default=1e-3, help="[Table 7] stop when L_guide is below")
     add("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the words before the gold answer")
-    add("--continuations", type=positive, default=8, help="[Fig. 3] per revised prefix")
+    add("--continuations", type=POSITIVE, default=8, help="[Fig. 3] per revised prefix")
     add("--projection", default="inner", choices=["inner", "cosine", "l2"],
         help="[Eq. 8] inner product")
     add("--reduction", default="sum", choices=["sum", "mean"],
@@ -593,8 +592,8 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--min-logprob", type=finite,
         help="least mean log-probability (nats a token) of a right continuation after the "
              "projected prefix; not given: any, as in the paper")
-    add("--record-every", type=count, default=0, help="[Fig. 3] decode after every so many steps")
-    add("--revise-tokens", type=positive, default=16384,
+    add("--record-every", type=COUNT, default=0, help="[Fig. 3] decode after every so many steps")
+    add("--revise-tokens", type=POSITIVE, default=16384,
         help="padded tokens of rollouts revised together: the memory flag of the revision")
     add = group.add_mutually_exclusive_group().add_argument
     add("--vertices", default="oracle", choices=["oracle", "random"], help="random is a control")
@@ -608,7 +607,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rollouts", required=True, help="output folder of rollout.py, or its rollouts.jsonl")
     add("--out", required=True, help="output folder")
-    add("--attempts", type=checked(int, lambda n: n >= 0), default=0,
+    add("--attempts", type=COUNT, default=0,
         help="failed rollouts tried per prompt until one is recovered; 0 for all")
     add("--gold", default="true", choices=["true", "permuted"],
         help="permuted is a control: steer toward another prompt's answer")
@@ -636,14 +635,12 @@ def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str
         tried = [done.get((i, place.kept.sample)) for place in failures[i]]
         return all(tried) or any(t and t.kept for t in tried)
 
-    names = list(failures)
-    longest = [max(place.kept.tokens for place in failures[i]) for i in names]
-    batches = [[names[k] for k in batch]
-               for batch in common.batches_by_length(longest, args.revise_tokens)]
+    longest = lambda i: max(place.kept.tokens for place in failures[i])
+    batches = common.batches_by_length(list(failures), longest, args.revise_tokens)
     mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
     for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
         for place in failures[i]:
-            check_rollout(policy, common.read_at(*place[:3]), args, verify)
+            check_rollout(policy, place.read(), args, verify)
             answer_ids(policy.tokenizer, args.template, guide.get(i, place.kept.guide))
 
     recovered = seen = 0

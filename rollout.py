@@ -41,7 +41,7 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from helpers import common, sampling, verifying
-from helpers.common import UserError
+from helpers.common import POSITIVE, UserError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 HINT = ("The correct answer is {answer}. Knowing it, solve the problem in your own way, "
@@ -322,7 +322,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_model_args(parser)
     parser.add_argument("--data", required=True, help="problems, JSONL")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=common.checked(int, lambda n: n > 0), default=32,
+    parser.add_argument("-n", "--n", type=POSITIVE, default=32,
                         help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
     sampling.add_sampling_args(parser)
     add_problem_args(parser)

@@ -48,9 +48,8 @@ from torch import Tensor
 import revise
 import rollout
 from helpers import common, sampling, training, verifying
-from helpers.common import Policy, UserError
+from helpers.common import COUNT, NOT_NEGATIVE, POSITIVE, Policy, UserError
 from helpers.sampling import row_key
-from helpers.training import COUNT, NOT_NEGATIVE, POSITIVE
 
 # Dimension key: G group, M response tokens of a micro-batch
 

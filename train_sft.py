@@ -20,7 +20,7 @@ import time
 
 import rollout
 from helpers import common, training
-from helpers.common import Policy, UserError
+from helpers.common import POSITIVE, Policy, UserError
 
 
 def read_row(record: dict, policy: Policy, args: argparse.Namespace, where: str) -> dict:
@@ -62,7 +62,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, nargs="+",
                         help="trajectories, JSONL; several files are joined")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--batch-size", type=training.POSITIVE, default=512,
+    parser.add_argument("--batch-size", type=POSITIVE, default=512,
                         help="[Table 7] trajectories per optimizer step")
     parser.add_argument("--seed", type=int, default=0, help="of the data order")
     parser.add_argument("--instruction", default=rollout.INSTRUCTION,

@@ -28,7 +28,7 @@ from pathlib import Path
 import revise
 import rollout
 from helpers import common, sampling, verifying
-from helpers.common import UserError
+from helpers.common import POSITIVE, UserError
 from helpers.sampling import row_key
 
 LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do",
@@ -63,16 +63,15 @@ def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer,
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__, prog="python -m baselines.hint")
-    positive = common.checked(int, lambda n: n > 0)
     common.add_model_args(parser)
     parser.add_argument("--data", required=True, help="problems: zero_hit.jsonl of rollout.py")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=positive, default=8,
+    parser.add_argument("-n", "--n", type=POSITIVE, default=8,
                         help="responses per problem: as many as a revision has continuations")
     parser.add_argument("--from", dest="start", default="hint", choices=["hint", "perturbed"],
                         help="what is sampled from instead of the plain prompt")
     parser.add_argument("--hint", default=rollout.HINT, help="follows the problem, with {answer}")
-    parser.add_argument("--words", type=positive, default=40,
+    parser.add_argument("--words", type=POSITIVE, default=40,
                         help="meaningless words of --from perturbed")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
                         help="control: the hint tells another problem's answer")

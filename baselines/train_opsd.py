@@ -35,7 +35,7 @@ import revise
 import rollout
 import train_grpo
 from helpers import common, training, verifying
-from helpers.common import Policy, UserError, checked
+from helpers.common import NOT_NEGATIVE, Policy, UserError, checked
 
 # Dimension key: M response tokens of a micro-batch, V vocabulary, D model width
 
@@ -119,7 +119,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     train_grpo.add_common_args(parser, group_size=1)
     flag = parser.add_argument_group("distillation").add_argument
     flag("--beta", type=checked(float, lambda x: 0 <= x <= 1), default=0.5, help="of JSD_beta")
-    flag("--clip", type=training.NOT_NEGATIVE, default=0.0,
+    flag("--clip", type=NOT_NEGATIVE, default=0.0,
          help="largest term of a vocabulary entry; 0 is off")
     flag("--hint", default=rollout.HINT, help="what the teacher reads after the problem")
     parser.set_defaults(algo="opsd", revise=False)  # what collect() asks

@@ -69,13 +69,22 @@ def checked(kind: type, good):
     return parse
 
 
+POSITIVE, COUNT = checked(int, lambda n: n > 0), checked(int, lambda n: n >= 0)
+NOT_NEGATIVE = checked(float, lambda x: x >= 0)
+
+
 # --- JSONL files ----------------------------------------------------------------------------------
 class Place(NamedTuple):
-    """Where a record is, for read_at: a file may be larger than memory."""
+    """Where a record is: a file may be larger than memory."""
     path: Path
     offset: int
     size: int  # bytes
-    kept: object  # what scan() was told to keep of it
+    kept: object = None  # what scan() was told to keep of the record
+
+    def read(self) -> dict:
+        with open(self.path, "rb") as f:
+            f.seek(self.offset)
+            return json.loads(f.read(self.size))
 
 
 def open_input(path: str | Path):
@@ -95,7 +104,7 @@ def records_of(path: str | Path, fields=(), drop_torn=False) -> Iterator[tuple[i
     offset = 0
     with open_input(path) as f:
         for number, line in enumerate(f, 1):
-            place, offset = Place(path, offset, len(line), None), offset + len(line)
+            place, offset = Place(path, offset, len(line)), offset + len(line)
             if not line.strip() or drop_torn and not line.endswith(b"\n"):
                 continue
             try:
@@ -115,7 +124,7 @@ def read_jsonl(path: str | Path, fields=(), drop_torn=False) -> list[dict]:
     return [record for _, _, record in records_of(path, fields, drop_torn)]
 
 
-def scan(paths: list[Path], keep) -> dict[tuple[str, int], Place]:
+def scan(paths: list[Path], keep=lambda record: None) -> dict[tuple[str, int], Place]:
     """Where each record is: {(id, sample): its Place, with keep(record)}.
 
     Raises UserError naming `path:line` for a malformed record, or one that is there twice.
@@ -133,13 +142,6 @@ def scan(paths: list[Path], keep) -> dict[tuple[str, int], Place]:
             except (ValueError, TypeError) as e:
                 raise UserError(f"{path}:{number}: not a record of this stage ({e!r})") from None
     return found
-
-
-def read_at(path: Path, offset: int, size: int) -> dict:
-    """The record that scan() found there."""
-    with open(path, "rb") as f:
-        f.seek(offset)
-        return json.loads(f.read(size))
 
 
 def to_line(record: dict) -> str:
@@ -165,7 +167,8 @@ def part_files(out: Path, name: str) -> list[Path]:
     return sorted(out.glob(f"{name}.rank*.part"))  # also those of ranks that this run does not have
 
 
-def open_part(out: Path, name: str, keep) -> tuple[Path, dict[tuple[str, int], Place]]:
+def open_part(out: Path, name: str,
+              keep=lambda record: None) -> tuple[Path, dict[tuple[str, int], Place]]:
     """The file that this rank appends to, and scan() of what all ranks have finished so far."""
     if rank() == 0:
         for path in part_files(out, name):
@@ -181,11 +184,11 @@ def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
     """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample."""
     barrier()
     if rank() == 0:
-        places = scan(part_files(out, name), keep=lambda record: None)
+        places = scan(part_files(out, name))
         keys = sorted(places, key=lambda key: (order[key[0]], key[1]))
         aside = out / f"{name}.jsonl.tmp"
         with open(aside, "w", encoding="ascii") as f:
-            f.writelines(map(to_line, (read_at(*places[key][:3]) for key in keys)))
+            f.writelines(to_line(places[key].read()) for key in keys)
         os.replace(aside, out / f"{name}.jsonl")
         remove_parts(out, name)
     barrier()
@@ -505,15 +508,13 @@ def checkpointed(model, on: bool):
             model.train(before)
 
 
-def batches_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of at most max_tokens when padded, longest first: little is padding.
-
-    A single one may be longer.
-    """
+def batches_by_length(items: list, length, max_tokens: int) -> list[list]:
+    """Items in batches of at most max_tokens when padded, longest first: little is padding.
+    A single one may be longer. length: a function of an item."""
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for item in sorted(items, key=length, reverse=True):
         # the first of a batch is its longest, and so its padded length
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+        if not batches or (len(batches[-1]) + 1) * length(batches[-1][0]) > max_tokens:
             batches.append([])
-        batches[-1].append(i)
+        batches[-1].append(item)
     return batches

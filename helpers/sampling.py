@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from helpers import common
-from helpers.common import UserError, checked
+from helpers.common import COUNT, POSITIVE, UserError, checked
 
 # Dimension key: P prompts, B rows of the batch, C columns of the KV cache, T tokens of a prompt,
 # V vocabulary, D model width
@@ -294,9 +294,9 @@ def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, Dynamic
     groups = {}
     for row in rows:
         groups.setdefault(id(row) if row.ids else id(row.prompt), []).append(row)
-    groups = list(groups.values())
-    for indices in common.batches_by_length([len(g[0]) for g in groups], PREFILL_TOKENS):
-        firsts = [groups[i][0] for i in indices]
+    length = lambda group: len(group[0])
+    for batch in common.batches_by_length(list(groups.values()), length, PREFILL_TOKENS):
+        firsts = [group[0] for group in batch]
         P, T = len(firsts), max(map(len, firsts))
         x = torch.zeros(P, T, embed.embedding_dim, dtype=embed.weight.dtype, device=device)
         mask = torch.zeros(P, T, dtype=torch.long, device=device)  # left-padded
@@ -310,8 +310,8 @@ def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, Dynamic
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         out = model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=True,
                     past_key_values=new_cache(model.config), logits_to_keep=1)
-        source = torch.tensor([p for p, i in enumerate(indices) for _ in groups[i]], device=device)
-        rows = [row for i in indices for row in groups[i]]
+        source = torch.tensor([p for p, group in enumerate(batch) for _ in group], device=device)
+        rows = [row for group in batch for row in group]
         yield rows, out.logits[source, -1], out.past_key_values, source
 
 
@@ -376,16 +376,15 @@ def sample(policy: common.Policy, prompts: list[Tensor], keys: list[list[int]], 
 def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 8192) -> None:
     """Flags of every stage that samples; eval.py has the paper's longer limit."""
     add = parser.add_argument_group("sampling").add_argument
-    positive, natural = checked(int, lambda n: n > 0), checked(int, lambda n: n >= 0)
-    add("--max-new-tokens", type=positive, default=max_new_tokens,
+    add("--max-new-tokens", type=POSITIVE, default=max_new_tokens,
         help="[Table 7] longest response, in tokens: 8,192 in training, 32,000 in evaluation")
     add("--temperature", type=checked(float, lambda t: t >= 0), default=1.0, help="0 is greedy")
     add("--top-p", type=checked(float, lambda p: 0 < p <= 1), default=1.0, help="1 is off")
-    add("--top-k", type=natural, default=0, help="0 is off")
+    add("--top-k", type=COUNT, default=0, help="0 is off")
     add("--seed", type=int, default=0, help="all random numbers are functions of it")
-    add("--limit", type=natural, default=0, help="only the first so many problems; 0 for all")
-    add("--decode-rows", type=positive, default=64, help="most sequences decoded together")
-    add("--decode-tokens", type=natural, default=2**18, help="most tokens in the KV cache, prompts "
+    add("--limit", type=COUNT, default=0, help="only the first so many problems; 0 for all")
+    add("--decode-rows", type=POSITIVE, default=64, help="most sequences decoded together")
+    add("--decode-tokens", type=COUNT, default=2**18, help="most tokens in the KV cache, prompts "
         "and responses: the memory flag; 0 is no bound")
 
 

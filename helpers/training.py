@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from helpers import common
-from helpers.common import Policy, UserError, checked
+from helpers.common import COUNT, POSITIVE, Policy, UserError, checked
 from helpers.sampling import row_key
 
 # Dimension key: B sequences, T time, M response tokens of a micro-batch, V vocabulary, D width
@@ -47,8 +47,6 @@ FILE_BYTES = 4 * 2**30  # of a model file, unless a single tensor is larger
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 REMEDY = "remove it, and the run continues from the one before"
 LOGGERS = ("tensorboard", "wandb")
-POSITIVE, COUNT = checked(int, lambda n: n > 0), checked(int, lambda n: n >= 0)  # argparse types
-NOT_NEGATIVE = checked(float, lambda x: x >= 0)
 
 
 # --- sharding -------------------------------------------------------------------------------------
@@ -121,8 +119,8 @@ def refresh_actor(actor, model) -> None:
 # --- log-probabilities ----------------------------------------------------------------------------
 def micro_batches(rows: list[dict], max_tokens: int) -> list[list[dict]]:
     """Rows in batches of at most max_tokens padded tokens; a single row may be longer."""
-    lengths = [len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows]
-    return [[rows[i] for i in batch] for batch in common.batches_by_length(lengths, max_tokens)]
+    return common.batches_by_length(
+        rows, lambda r: len(r["prompt_ids"]) + len(r["response_ids"]), max_tokens)
 
 
 def equal_batches(rows: list[dict], max_tokens: int) -> list[list[dict]]:

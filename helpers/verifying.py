@@ -25,11 +25,11 @@ DEFAULT = "verifier.py:verify"  # takes text alone for an answer
 
 
 def add_verifier_args(parser: argparse.ArgumentParser) -> None:
-    from helpers.common import checked  # not above: a worker needs none of it
+    from helpers.common import COUNT, checked  # not above: a worker needs none of it
     parser.add_argument("--verifier", default=DEFAULT,
                         help="path.py:function(response, answer) -> bool; a third parameter gets "
                         "the problem, a dict, if it has no default or is called problem")
-    parser.add_argument("--verifier-workers", type=checked(int, lambda n: n >= 0), default=0,
+    parser.add_argument("--verifier-workers", type=COUNT, default=0,
                         help="processes for a slow verifier; 0: in this one, without a limit")
     parser.add_argument("--verifier-seconds", type=checked(float, lambda s: 0 < s < 1e6),
                         default=10, help="a worker's time for a verdict; beyond it, it is wrong")
