@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     sets = {name: (rollout.read_problems(path, args), common.file_digest(path))
             for name, path in zip(distinct_names(args.data), args.data)}
     device = common.pick_device(args)
-    verifying.from_args(args)  # a wrong one is noticed before anything is written
+    verify = verifying.from_args(args)  # a wrong one is noticed before anything is written
     out = common.start_run(args.out, args, FREE)
 
     results, policy = [], None
@@ -141,7 +141,8 @@ def main(args: argparse.Namespace) -> list[dict]:
             folder = common.start_run(out / model / data, one, PAIR_FREE, data_digest=digest)
             if policy is None and not (folder / "rollouts.jsonl").exists():
                 policy = common.load_model(one, device)
-            found = rollout.run_rollouts(policy, problems, args.n, folder, args, f"{model} {data}")
+            label = f"{model} {data}"
+            found = rollout.run_rollouts(policy, problems, verify, folder, args, label)
             results.append({"model": model, "data": data} | score(problems, found, args))
 
     if common.rank() == 0:

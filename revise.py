@@ -390,7 +390,9 @@ def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.
 def verdicts(policy: Policy, responses: list[list[int]], failed: dict, verify) -> list[int]:
     """1 for every response (token ids) that is right for the problem of `failed`, else 0."""
     texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    return [int(v.result()) for v in [rollout.submit(verify, text, failed) for text in texts]]
+    problem = failed.get("problem_fields", failed)
+    asked = [verify.submit(text, failed["answer"], problem) for text in texts]
+    return [int(verdict.result()) for verdict in asked]
 
 
 def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn: list[sampling.Row],

@@ -41,18 +41,15 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from helpers import common, sampling, verifying
-from helpers.common import POSITIVE, UserError
+from helpers.common import POSITIVE, Policy, UserError
+from helpers.verifying import Verifier
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-HINT = ("The correct answer is {answer}. Knowing it, solve the problem in your own way, "
-        "step by step.")
 PLAIN = "Question: {problem}\n{instruction}\nAnswer:"
 DAPO = re.compile(
     r"\ASolve the following math problem step by step\. The last line of your response should be "
     r"of the form Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after "
     r"\"Answer:\"\.?\s*\Z", re.DOTALL)
-# What a program adds to a problem: a file's fields of these names are left out
-ADDED = ("prompt_ids", "response_limit", "teacher_ids", "problem_fields", "guide_answer")
 
 
 # --- problems and prompts -------------------------------------------------------------------------
@@ -76,7 +73,7 @@ def read_problems(path: str, args: argparse.Namespace, limit: int | None = None)
             raise UserError(f"{where}: {key} {p['id']!r} was used by record "
                             f"{seen[p['id']]} already")
         seen[p["id"]] = number
-        others = record.keys() - {*p, *args.fields, *ADDED}
+        others = record.keys() - {*p, *args.fields, "problem_fields"}  # which add_prompts sets
         problems.append(p | {k: v for k, v in record.items() if k in others})
     if not problems:
         raise UserError(f"{path}: holds no problems")
@@ -153,39 +150,25 @@ def add_text(problem: str | list[dict], before: str = "", after: str = "") -> st
     return [*problem[:-1], last | {"content": add_text(last["content"], before, after)}]
 
 
-def add_prompts(policy: common.Policy, problems: list[dict], args: argparse.Namespace) -> None:
-    """Give each problem its `prompt_ids` and `response_limit`: --max-new-tokens, or fewer where the
-    context leaves fewer."""
+def add_prompts(policy: Policy, problems: list[dict], args: argparse.Namespace) -> list[dict]:
+    """The problems with `prompt_ids`, `response_limit` (--max-new-tokens, or fewer where the
+    context leaves fewer), and `problem_fields`, the problem as it was, for the verifier."""
+    found = []
     for p in problems:
-        p["prompt_ids"] = prompt_ids(policy.tokenizer, p["problem"], args)
-        length = len(p["prompt_ids"])
-        if not 0 < length < policy.context:
-            raise UserError(f"problem {p['id']!r} is {length} tokens long, and the context of "
+        ids = prompt_ids(policy.tokenizer, p["problem"], args)
+        if not 0 < len(ids) < policy.context:
+            raise UserError(f"problem {p['id']!r} is {len(ids)} tokens long, and the context of "
                             f"--model holds {policy.context}")
-        p["response_limit"] = int(min(args.max_new_tokens, policy.context - length))
-        if 0 < args.decode_tokens < length + p["response_limit"]:
+        limit = int(min(args.max_new_tokens, policy.context - len(ids)))
+        if 0 < args.decode_tokens < len(ids) + limit:
             raise UserError(f"--decode-tokens {args.decode_tokens}: problem {p['id']!r} and its "
-                            f"longest response take {length + p['response_limit']}")
-
-
-# --- verification ---------------------------------------------------------------------------------
-def as_read(problem: dict) -> dict:
-    """A problem of read_problems, or that of a rollout record, with no more than its file says."""
-    return problem.get("problem_fields") or {k: problem[k] for k in problem if k not in ADDED}
-
-
-def submit(verify, text: str, problem: dict) -> Future:
-    """The verdict to come on a response to a problem of read_problems, or to that of a rollout
-    record. verify: verifying.Verifier, or a function of response and answer."""
-    if isinstance(verify, verifying.Verifier):
-        return verify.submit(text, problem["answer"], as_read(problem))
-    verdict = Future()
-    verdict.set_result(bool(verify(text, problem["answer"])))
-    return verdict
+                            f"longest response take {len(ids) + limit}")
+        found.append({"problem_fields": p} | p | {"prompt_ids": ids, "response_limit": limit})
+    return found
 
 
 # --- rollouts of a problem set --------------------------------------------------------------------
-def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], verify, args,
+def sample_records(policy: Policy, rows: Iterable[tuple[dict, int]], verify: Verifier, args,
                    seed_parts: tuple, slots: int) -> Iterator[list[dict]]:
     """Rollout records of (problem, sample number) pairs, in lists of those that finish together;
     row keys are (*seed_parts, id, sample). Pairs are taken as slots become free; those of one
@@ -200,9 +183,10 @@ def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], veri
 
     waiting = []  # for the verifier, which may work while the next tokens are drawn
     for finished in sampling.decode(policy, queue(), **sampling.settings(args) | {"slots": slots}):
-        texts = [policy.tokenizer.decode(row.ids, skip_special_tokens=True) for row in finished]
-        waiting += [(row, text, submit(verify, text, row.tag[0]))
-                    for row, text in zip(finished, texts)]
+        for row in finished:
+            text, (p, _) = policy.tokenizer.decode(row.ids, skip_special_tokens=True), row.tag
+            verdict = verify.submit(text, p["answer"], p["problem_fields"])
+            waiting.append((row, text, verdict))
         done = [verdict.done() for _, _, verdict in waiting]
         judged = [x for x, d in zip(waiting, done) if d]
         waiting = [x for x, d in zip(waiting, done) if not d]
@@ -213,7 +197,7 @@ def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], veri
         yield [rollout_record(verify, *x)]
 
 
-def rollout_record(verify, row: sampling.Row, text: str, verdict: Future) -> dict:
+def rollout_record(verify: Verifier, row: sampling.Row, text: str, verdict: Future) -> dict:
     """One line of rollouts.jsonl."""
     p, number = row.tag
     record = {"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"],
@@ -221,8 +205,8 @@ def rollout_record(verify, row: sampling.Row, text: str, verdict: Future) -> dic
               "reward": int(verdict.result()), "answer": p["answer"]}
     if "guide" in p:
         record["guide"] = p["guide"]
-    if getattr(verify, "takes_problem", False):
-        record["problem_fields"] = as_read(p)
+    if verify.takes_problem:
+        record["problem_fields"] = p["problem_fields"]
     return record
 
 
@@ -233,23 +217,20 @@ class Outcome(NamedTuple):
     tokens: int
 
 
-def outcome(record: dict) -> Outcome:
-    return Outcome(record["reward"], record["finish"], len(record["response_ids"]))
-
-
 def read_outcomes(path: Path) -> dict[tuple[str, int], Outcome]:
     """{(id, sample): Outcome} of a rollouts.jsonl."""
-    return {key: place.kept for key, place in common.scan([path], outcome).items()}
+    keep = lambda r: Outcome(r["reward"], r["finish"], len(r["response_ids"]))
+    return {key: place.kept for key, place in common.scan([path], keep).items()}
 
 
-def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path, args,
+def run_rollouts(policy: Policy, problems: list[dict], verify: Verifier, out: Path, args,
                  label: str) -> dict[tuple[str, int], Outcome]:
-    """Sample and verify n responses to every problem into out/rollouts.jsonl.
+    """Sample and verify args.n responses to every problem into out/rollouts.jsonl.
 
     Each rank appends what it finishes to its own part file; what is there already is not sampled
     again. When all is done rank 0 merges the parts in problem order. Safe to kill at any moment.
     """
-    final = out / "rollouts.jsonl"
+    final, n = out / "rollouts.jsonl", args.n
     if final.exists():
         common.remove_parts(out, "rollouts")
         found = read_outcomes(final)
@@ -257,9 +238,8 @@ def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path,
             raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, "
                             "and they are sampled again")
         return found
-    verify = verifying.from_args(args)
-    add_prompts(policy, problems, args)
-    part, done = common.open_part(out, "rollouts", outcome)
+    problems = add_prompts(policy, problems, args)
+    part, done = common.open_part(out, "rollouts")
     # No more slots than a rank's share: else the first ranks would take all of a small set
     missing = len(problems) * n - len(done)
     slots = min(args.decode_rows, max(1, math.ceil(missing / common.world_size())))
@@ -338,12 +318,13 @@ def main(args: argparse.Namespace) -> dict:
     problems = read_problems(args.data, args)
     device = common.pick_device(args)
     out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
+    verify = verifying.from_args(args)
     policy = common.load_model(args, device)
-    found = run_rollouts(policy, problems, args.n, out, args, "rollout")
+    found = run_rollouts(policy, problems, verify, out, args, "rollout")
     summary = summarise(problems, args.n, found)
     if common.rank() == 0:
         hits = hits_per_problem(problems, args.n, found)
-        zero = [as_read(p) for p, h in zip(problems, hits) if h == 0]
+        zero = [p for p, h in zip(problems, hits) if h == 0]
         common.write_atomic(out / "zero_hit.jsonl", "".join(map(common.to_line, zero)))
         common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         print(f"{summary['problems']} problems x {args.n}: pass rate {summary['pass_rate']:.4f}, "

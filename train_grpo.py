@@ -349,7 +349,7 @@ def main(args: argparse.Namespace) -> None:
     verify = verifying.from_args(args)
     trained = training.load_model(args, device, train=True)
     model, tokenizer = trained.model, trained.tokenizer
-    rollout.add_prompts(trained, problems, args)
+    problems = rollout.add_prompts(trained, problems, args)
     for p in problems if args.revise else []:  # before any work, not in the middle of it
         revise.answer_ids(tokenizer, args.template, revise.guide_of(p))
     # the initial model, also after a restart

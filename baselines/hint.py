@@ -31,6 +31,8 @@ from helpers import common, sampling, verifying
 from helpers.common import POSITIVE, UserError
 from helpers.sampling import row_key
 
+HINT = ("The correct answer is {answer}. Knowing it, solve the problem in your own way, "
+        "step by step.")
 LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do",
          "eiusmod", "tempor", "incididunt", "ut", "labore", "et", "dolore", "magna", "aliqua"]
 
@@ -43,7 +45,8 @@ def other_prompt(p: dict, answer: str, args: argparse.Namespace) -> str | list[d
     return rollout.add_text(p["problem"], before=" ".join(words).capitalize() + ".")
 
 
-def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer, args) -> None:
+def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer, verify,
+               args) -> None:
     """OUT/recovered.jsonl: the right rollouts, as if they had been drawn from the plain prompt; and
     OUT/summary.json. told: {id: the answer that its prompt told}."""
     rows = common.read_jsonl(out / "rollouts.jsonl")
@@ -53,10 +56,9 @@ def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer,
     summary = {"problems": len(problems), "n": args.n, "recovered_trajectories": len(recovered),
                "recovered_prompts": len({r["id"] for r in recovered})}
     if args.gold == "permuted":  # how often the answer that was told is the one that is given
-        verify = verifying.from_args(args)
         asked = {p["id"]: p | {"answer": told[p["id"]]} for p in problems}
         given = {r["id"] for r in rows
-                 if rollout.submit(verify, r["response"], asked[r["id"]]).result()}
+                 if verify(r["response"], told[r["id"]], asked[r["id"]])}
         summary["told_prompts"] = len(given)
     common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
@@ -70,7 +72,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="responses per problem: as many as a revision has continuations")
     parser.add_argument("--from", dest="start", default="hint", choices=["hint", "perturbed"],
                         help="what is sampled from instead of the plain prompt")
-    parser.add_argument("--hint", default=rollout.HINT, help="follows the problem, with {answer}")
+    parser.add_argument("--hint", default=HINT, help="follows the problem, with {answer}")
     parser.add_argument("--words", type=POSITIVE, default=40,
                         help="meaningless words of --from perturbed")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
@@ -98,12 +100,13 @@ def main(args: argparse.Namespace) -> None:
 
     files = [out / name for name in ("rollouts.jsonl", "recovered.jsonl", "summary.json")]
     if not all(f.exists() for f in files):
+        verify = verifying.from_args(args)
         policy = common.load_model(args, device)
         others = [p | {"problem": other_prompt(p, told.get(p["id"], ""), args),
                        "problem_fields": p} for p in problems]  # what a verifier gets
-        rollout.run_rollouts(policy, others, args.n, out, args, args.start)
+        rollout.run_rollouts(policy, others, verify, out, args, args.start)
         if common.rank() == 0:
-            keep_right(out, problems, told, policy.tokenizer, args)
+            keep_right(out, problems, told, policy.tokenizer, verify, args)
     if common.rank() == 0:
         summary = json.loads((out / "summary.json").read_text())
         print(f"{summary['recovered_prompts']} of {summary['problems']} prompts recovered, "

@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import revise
 import rollout
 import train_grpo
+from baselines.hint import HINT
 from helpers import common, training, verifying
 from helpers.common import NOT_NEGATIVE, Policy, UserError, checked
 
@@ -121,7 +122,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--beta", type=checked(float, lambda x: 0 <= x <= 1), default=0.5, help="of JSD_beta")
     flag("--clip", type=NOT_NEGATIVE, default=0.0,
          help="largest term of a vocabulary entry; 0 is off")
-    flag("--hint", default=rollout.HINT, help="what the teacher reads after the problem")
+    flag("--hint", default=HINT, help="what the teacher reads after the problem")
     parser.set_defaults(algo="opsd", revise=False)  # what collect() asks
     return parser.parse_args(argv)
 
@@ -140,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
     verify = verifying.from_args(args)
     trained = training.load_model(args, device, train=True)
     model, tokenizer = trained.model, trained.tokenizer
-    rollout.add_prompts(trained, problems, args)
+    problems = rollout.add_prompts(trained, problems, args)
     add_teacher_prompts(trained, problems, args)
     teacher_ids = {p["id"]: p["teacher_ids"] for p in problems}
     teacher = training.load_model(args, device).model  # the initial model, also after a restart
