@@ -490,7 +490,7 @@ def trajectories(record: dict) -> list[dict]:
 # --- the work: failed rollouts of zero-hit prompts ------------------------------------------------
 class Attempt(NamedTuple):
     """What is kept of a rollout while its file, which may be larger than memory, is read."""
-    sample: int
+    key: tuple[str, int]  # id and sample
     reward: int
     guide: str  # y_GT
     prefix: int  # tokens of r
@@ -504,19 +504,20 @@ def read_failures(file: Path, rho: float) -> tuple[dict[str, list[common.Place]]
         sample, reward = record["sample"], record["reward"]
         if type(sample) is not int or reward not in (0, 1):
             raise ValueError("sample is not a number, or reward not 0 or 1")
-        return Attempt(sample, reward, guide_of(record), cut(record["response_ids"], rho),
+        return Attempt((record["id"], sample), reward, guide_of(record),
+                       cut(record["response_ids"], rho),
                        len(record["prompt_ids"]) + len(record["response_ids"]))
 
     found = common.scan([file], keep)
     if not found:
         raise UserError(f"--rollouts {file}: holds no rollouts")
     hit = {i for (i, _), place in found.items() if place.kept.reward}
-    failures, skipped = {i: [] for i, _ in found if i not in hit}, 0
-    for (i, _), place in sorted(found.items(), key=lambda entry: entry[1].kept.sample):
-        if i not in hit:
-            skipped += place.kept.prefix < 1
-            failures[i] += [place] if place.kept.prefix else []
-    return {i: places for i, places in failures.items() if places}, skipped
+    failures, skipped = {}, 0
+    for (i, _), place in found.items():
+        if i not in hit and place.kept.prefix:
+            failures.setdefault(i, []).append(place)
+        skipped += i not in hit and not place.kept.prefix
+    return {i: sorted(places, key=lambda x: x.kept.key) for i, places in failures.items()}, skipped
 
 
 def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
@@ -531,8 +532,8 @@ def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
 
 
 def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify) -> None:
-    """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a
-    continuation, or one that lacks what the verifier or --gold asks for."""
+    """Raises UserError for a rollout of another tokenizer, one without a guide's tokens or room for
+    a continuation, and one that lacks what the verifier or --gold asks for."""
     where = f"sample {failed['sample']} of {failed['id']!r}"
     if verify.takes_problem and "problem_fields" not in failed:
         raise UserError(f"--rollouts: {where}: --verifier {args.verifier} asks for the problem, "
@@ -540,6 +541,7 @@ def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify
     if args.gold == "permuted" and "guide" in failed:
         raise UserError(f"--gold permuted: {where} has a guide, which is not another's answer")
     rollout.check_ids(failed, policy.vocab, f"--rollouts: {where}")
+    answer_ids(policy.tokenizer, args.template, guide_of(failed))
     prompt, prefix = len(failed["prompt_ids"]), cut(failed["response_ids"], args.rho)
     most = prompt + prefix + room(policy, prompt, prefix, args)
     if most <= prompt + prefix:
@@ -551,16 +553,14 @@ def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify
                         f"continuation take {most}")
 
 
-def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], guide: dict[str, str],
+def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], load,
                    args: argparse.Namespace, verify) -> list[dict]:
-    """Records of the failed rollouts of some prompts, each prompt's in turn until one is recovered.
-    guide: answers to steer toward, by id, if not the gold ones."""
+    """Records of the failed rollouts of some prompts, each prompt's in turn until one is
+    recovered."""
     records, unsolved = [], prompts
     for attempt in range(max(map(len, prompts))):
         unsolved = [places for places in unsolved if attempt < len(places)]
-        rows = [places[attempt].read() for places in unsolved]
-        if guide:
-            rows = [row | {"guide_answer": guide[row["id"]]} for row in rows]
+        rows = [load(places[attempt]) for places in unsolved]
         new = revise_batch(policy, rows, args, verify) if rows else []
         records += new
         unsolved = [places for places, record in zip(unsolved, new) if not record["recovered"]]
@@ -628,28 +628,31 @@ FREE = (*rollout.FREE, "revise_tokens", "checkpoint_activations")
 def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str],
         device: torch.device, args: argparse.Namespace) -> None:
     """Revise all prompts into OUT/revised.jsonl, a batch at a time. Safe to kill at any moment:
-    what is left of a batch is revised with the rest of it, so that the records are the same."""
+    what is left of a batch is revised with the rest of it, so that the records are the same.
+    guide: answers to steer toward, by id, if not the gold ones."""
     policy = common.load_model(args, device)
     verify = verifying.from_args(args)
     part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
 
-    def finished(i: str) -> bool:
-        tried = [done.get((i, place.kept.sample)) for place in failures[i]]
+    def finished(places: list[common.Place]) -> bool:
+        tried = [done.get(place.kept.key) for place in places]
         return all(tried) or any(t and t.kept for t in tried)
 
-    longest = lambda i: max(place.kept.tokens for place in failures[i])
-    batches = common.batches_by_length(list(failures), longest, args.revise_tokens)
+    def load(place: common.Place) -> dict:
+        failed = place.read()
+        return failed | {"guide_answer": guide[failed["id"]]} if guide else failed
+
+    longest = lambda places: max(place.kept.tokens for place in places)
+    batches = common.batches_by_length(list(failures.values()), longest, args.revise_tokens)
     mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
-    for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
-        for place in failures[i]:
-            check_rollout(policy, place.read(), args, verify)
-            answer_ids(policy.tokenizer, args.template, guide.get(i, place.kept.guide))
+    for place in (place for batch in mine for places in batch for place in places):
+        check_rollout(policy, load(place), args, verify)  # before any work, not in its middle
 
     recovered = seen = 0
     with tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt",
               disable=common.rank() > 0) as bar:
         for batch in mine:
-            records = revise_in_turn(policy, [failures[i] for i in batch], guide, args, verify)
+            records = revise_in_turn(policy, batch, load, args, verify)
             common.append_jsonl(part, [r for r in records if (r["id"], r["sample"]) not in done])
             recovered += sum(r["recovered"] for r in records)
             seen += len(batch)
