@@ -54,15 +54,6 @@ def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float
     return float(low), float(high)
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): also at 0 and n, where the bootstrap has no width."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, successes / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
-
 def distinct_names(paths: list[str]) -> list[str]:
     """The last part of each path, or more of it where the last parts are not distinct."""
     # `.` and `..` have names too

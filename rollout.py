@@ -134,20 +134,13 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
             text = PLAIN.format(problem=problem, instruction=args.instruction)
             return tokenizer(text)["input_ids"]
         if isinstance(problem, str):
-            problem = [{"role": "user", "content": add_text(problem, after=args.instruction)}]
+            text = "\n".join(filter(None, (problem, args.instruction)))
+            problem = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(problem, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except (TemplateError, TypeError) as e:  # a role the template refuses; text that is not Unicode
         raise UserError(f"problem {str(problem)[:60]!r}: refused by the tokenizer of --model "
                         f"({e})") from None
-
-
-def add_text(problem: str | list[dict], before: str = "", after: str = "") -> str | list[dict]:
-    """A problem with lines before and after its text; of chat messages the last is meant."""
-    if isinstance(problem, str):
-        return "\n".join(filter(None, (before, problem, after)))
-    last = problem[-1]
-    return [*problem[:-1], last | {"content": add_text(last["content"], before, after)}]
 
 
 def add_prompts(policy: Policy, problems: list[dict], args: argparse.Namespace) -> list[dict]:

@@ -37,12 +37,20 @@ LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", 
          "eiusmod", "tempor", "incididunt", "ut", "labore", "et", "dolore", "magna", "aliqua"]
 
 
+def add_text(problem: str | list[dict], before: str = "", after: str = "") -> str | list[dict]:
+    """A problem with lines before and after its text; of chat messages the last is meant."""
+    if isinstance(problem, str):
+        return "\n".join(filter(None, (before, problem, after)))
+    last = problem[-1]
+    return [*problem[:-1], last | {"content": add_text(last["content"], before, after)}]
+
+
 def other_prompt(p: dict, answer: str, args: argparse.Namespace) -> str | list[dict]:
     """The problem as it is sampled from: with the hint after it, or meaningless words before it."""
     if args.start == "hint":
-        return rollout.add_text(p["problem"], after=args.hint.replace("{answer}", answer))
+        return add_text(p["problem"], after=args.hint.replace("{answer}", answer))
     words = random.Random(row_key(args.seed, p["id"], "perturbed")).choices(LOREM, k=args.words)
-    return rollout.add_text(p["problem"], before=" ".join(words).capitalize() + ".")
+    return add_text(p["problem"], before=" ".join(words).capitalize() + ".")
 
 
 def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer, verify,

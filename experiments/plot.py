@@ -8,8 +8,8 @@ import json
 import re
 from pathlib import Path
 
-from eval import wilson_interval
 from experiments import style, tables
+from experiments.demo import wilson_interval
 from experiments.style import BLUE, ORANGE
 from helpers import common
 from toy import sums as toy

@@ -87,25 +87,14 @@ class Place(NamedTuple):
             return json.loads(f.read(self.size))
 
 
-def open_input(path: str | Path):
-    """A file to read bytes from. Raises UserError naming it."""
-    try:
-        return open(path, "rb")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-
-
-def records_of(path: str | Path, fields=(), drop_torn=False) -> Iterator[tuple[int, Place, dict]]:
+def records_of(path: str | Path, fields=()) -> Iterator[tuple[int, Place, dict]]:
     """Line number, place and record of every line that is not blank, one JSON object each.
-
-    drop_torn=True forgets a last line without a newline, which is what a killed writer leaves.
-    Raises UserError naming `path:line` for a malformed line or a missing field.
-    """
+    Raises UserError naming `path:line` for a malformed line or a missing field."""
     offset = 0
-    with open_input(path) as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             place, offset = Place(path, offset, len(line)), offset + len(line)
-            if not line.strip() or drop_torn and not line.endswith(b"\n"):
+            if not line.strip():
                 continue
             try:
                 record = json.loads(line)
@@ -119,9 +108,9 @@ def records_of(path: str | Path, fields=(), drop_torn=False) -> Iterator[tuple[i
             yield number, place, record
 
 
-def read_jsonl(path: str | Path, fields=(), drop_torn=False) -> list[dict]:
+def read_jsonl(path: str | Path, fields=()) -> list[dict]:
     """The records of a JSONL file, as records_of finds them."""
-    return [record for _, _, record in records_of(path, fields, drop_torn)]
+    return [record for _, _, record in records_of(path, fields)]
 
 
 def scan(paths: list[Path], keep=lambda record: None) -> dict[tuple[str, int], Place]:
@@ -155,6 +144,12 @@ def append_jsonl(path: str | Path, records: list[dict]) -> None:
         f.write("".join(map(to_line, records)))
 
 
+def cut_torn_line(path: Path) -> None:
+    """What a kill in mid-write leaves: a last line without a newline."""
+    with open(path, "rb+") as f:
+        f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+
+
 def write_atomic(path: str | Path, text: str) -> None:
     """Write aside and rename: a reader sees the old file or the new one, never half of it."""
     aside = Path(f"{path}.tmp")
@@ -172,8 +167,7 @@ def open_part(out: Path, name: str,
     """The file that this rank appends to, and scan() of what all ranks have finished so far."""
     if rank() == 0:
         for path in part_files(out, name):
-            with open(path, "rb+") as f:  # a kill in mid-write leaves a torn last line
-                f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+            cut_torn_line(path)
     barrier()
     done = scan(part_files(out, name), keep)
     barrier()  # nobody appends before everybody has read
@@ -202,8 +196,8 @@ def remove_parts(out: Path, name: str) -> None:
 
 # --- run records ----------------------------------------------------------------------------------
 def file_digest(path: str | Path) -> str:
-    """A short hash of a file's content. Raises UserError if it cannot be read."""
-    with open_input(path) as f:
+    """A short hash of a file's content."""
+    with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
@@ -252,10 +246,7 @@ def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Pa
                                 f"this one asks for {settings.get(key)!r}: choose another --out, "
                                 "or the same settings to continue")
     elif rank() == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
+        out.mkdir(parents=True, exist_ok=True)
         try:
             commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=verifying.ROOT,
                                     capture_output=True, text=True, check=False).stdout.strip()

@@ -352,9 +352,9 @@ def load_checkpoint(out: Path, model, optimizer, steps: int) -> dict:
     if common.rank() == 0:
         for path in (out / "metrics.jsonl", out / "samples.jsonl"):
             if path.exists():
-                rows = common.read_jsonl(path, drop_torn=True)
-                common.write_atomic(path, "".join(
-                    common.to_line(r) for r in rows if r["step"] <= state["step"]))
+                common.cut_torn_line(path)
+                common.write_atomic(path, "".join(common.to_line(r) for r in common.read_jsonl(path)
+                                                  if r["step"] <= state["step"]))
     common.barrier()
     return state
 

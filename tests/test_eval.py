@@ -8,6 +8,7 @@ import pytest
 from conftest import assert_same_sampling, read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
 
 import eval as evaluation
+from experiments.demo import wilson_interval
 from helpers import common
 
 
@@ -54,11 +55,11 @@ def test_bootstrap_interval_equals_resampling_written_out():
 @pytest.mark.parametrize("successes,n,low,high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634),
                                                   (1, 100, 0.0018, 0.0545), (0, 0, 0.0, 1.0)])
 def test_wilson_interval_equals_published_values(successes, n, low, high):
-    assert evaluation.wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_wilson_bounds_solve_its_defining_equation():
-    for bound in evaluation.wilson_interval(7, 25):  # |p - bound| = z * standard error at the bound
+    for bound in wilson_interval(7, 25):  # |p - bound| = z * standard error at the bound
         assert abs(7 / 25 - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / 25) ** 0.5, rel=1e-6)
 
 

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 
 import revise
-from eval import wilson_interval
 from experiments import demo, evidence, plot, style, tables
 from experiments.benches import hours
+from experiments.demo import wilson_interval
 from helpers import common
 from helpers.common import UserError, to_line
 from toy import sums as toy

@@ -467,7 +467,7 @@ def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, 
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "a")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b", kill_at=point, processes=processes)
     whole = {(r["id"], r["sample"]) for path in (tmp_path / "b").glob("rollouts*.*")
-             for r in common.read_jsonl(path, drop_torn=True)}
+             for r in map(json.loads, re.findall(r".*\n", path.read_text()))}
     assert 0 < len(whole) < 20 or point > 10
     (tmp_path / "v.py.log").write_text("")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b")
