@@ -32,12 +32,8 @@ FREE = (*PAIR_FREE, "model")
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of pass@k from c correct samples of n: 1 - C(n-c, k) / C(n, k)
-    (Chen et al. 2021, Eq. 1).
-
-    The chance that k samples drawn from the n without replacement hold a correct one.
-    Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
-    """
+    """Unbiased estimate of pass@k from c correct samples of n (Chen et al. 2021, Eq. 1): the chance
+    that k of the n, drawn without replacement, hold a correct one. Raises ValueError."""
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@{k} of {c} correct in {n}")
     return 1.0 - comb(n - c, k) / comb(n, k)  # denominator: all subsets of k; integers, so exact

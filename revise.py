@@ -74,9 +74,7 @@ class Failure(NamedTuple):
 # --- the three losses and their gradient ----------------------------------------------------------
 def token_losses(ce: Tensor, term: Tensor) -> Tensor:
     """What each scored token adds to its loss, Eqs. (2)-(4), (M,), from its cross-entropy -log p.
-
-    All three losses are minimised. term (M,): EXPLORE, GUIDE or NLL.
-    """
+    All three losses are minimised. term (M,): EXPLORE, GUIDE or NLL."""
     losses, c = ce.clone(), term == EXPLORE
     losses[c] = -ce[c]  # Eq. (2): +log p of the failed continuation
     return losses
@@ -135,11 +133,10 @@ def pack(batch: list[Failure], weights: tuple[float, float, float], mean: bool,
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
                      scaling: float | None = None, **_) -> tuple[Tensor, None]:
-    """Attention over [trunk; branch] as `pack` draws it.
+    """Attention over [trunk; branch] as `pack` draws it, (B, S, heads, head_dim).
 
     query (B, heads, S, head_dim), key and value (B, kv_heads, S, head_dim), attention_mask
-    (B, 1, A, S) bool, rows of the branch only: no S x S mask ever exists. Returns
-    (B, S, heads, head_dim).
+    (B, 1, A, S) bool, rows of the branch only: no S x S mask ever exists.
     """
     B, heads, S, width = query.shape
     T, groups = S - attention_mask.shape[2], heads // key.shape[1]
@@ -208,16 +205,15 @@ def losses_and_gradient(model, p: Packed, E: Tensor,
 # --- Frank-Wolfe ----------------------------------------------------------------------------------
 def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner",
               chunk: int = ORACLE_ROWS) -> Tensor:
-    """For every row of X (N, D) the id in `allowed` whose row of W (V, D) scores highest: ids (N,).
+    """For every row of X (N, D) the id in `allowed` whose row of W (V, D) scores highest, the first
+    of equal ones: ids (N,).
 
     metric: inner <x, v>, cosine <x, v>/|v|, or l2 -|x - v|^2. Scores are float32 (bfloat16 scores
-    change vertices) and exist for `chunk` vocabulary rows at a time. Ties go to the id that comes
-    first.
+    change vertices) and exist for `chunk` vocabulary rows at a time.
     """
     X, best = X.float(), torch.full((len(X),), -torch.inf, device=X.device)
     ids = torch.zeros(len(X), dtype=torch.long, device=X.device)
-    # Indexing by a list of ids copies every row; most tokenizers allow ids without a gap, which a
-    # slice views
+    # A slice copies no row, as a list of ids does; most tokenizers allow ids without a gap
     gapless = len(allowed) > 0 and int(allowed[-1] - allowed[0]) == len(allowed) - 1
     for s in range(0, len(allowed), chunk):
         some = allowed[s:s + chunk]
@@ -352,8 +348,7 @@ def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[i
 
 
 def cut(response_ids: list[int], rho: float) -> int:
-    """|r| = floor(rho * tokens), end-of-sequence included in the count.
-    0 means that the rollout is too short to cut."""
+    """|r| = floor(rho * tokens), end-of-sequence included; 0: the rollout is too short to cut."""
     n = math.floor(rho * len(response_ids) + 1e-9)  # 0.29 * 100 is 28.999999999999996
     return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
@@ -400,8 +395,8 @@ def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn:
     """Sec. 3.5 verifies twice: a continuation after the soft prefix, whose text is that of r
     (`soft_reward`), and the hard trajectory [r^; c^] (`reward`, which needs both).
 
-    min_logprob: right trajectories whose continuation has a lower mean log-probability (nats) after
-    the projected prefix lose their reward; what only the soft prefix led to is unlikely there.
+    min_logprob: least mean log-probability (nats) of a rewarded continuation after the projected
+    prefix; what only the soft prefix led to is unlikely there.
     """
     ends = bool({*projected} & {*policy.eos})  # the policy would have ended there
     soft = verdicts(policy, [f.r + row.ids for row in drawn], failed, verify)
@@ -430,11 +425,11 @@ def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn:
 
 def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace, verify,
                  seed: int | None = None) -> list[dict]:
-    """Algorithm 1, decoding, projection and verification of failed rollouts of rollout.py.
+    """Algorithm 1, decoding, projection and verification of failed rollouts of rollout.py: a record
+    each, in order; in float32 nothing in it depends on the batch, up to rounding.
 
     A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one.
-    seed: of all random numbers, args.seed if not given. Returns a record per rollout, in order; in
-    float32 nothing in it depends on the batch, up to rounding (see helpers/sampling.py).
+    seed: of all random numbers, args.seed if not given.
     """
     seed = args.seed if seed is None else seed
     W = policy.model.get_input_embeddings().weight.detach()

@@ -54,11 +54,9 @@ DAPO = re.compile(
 
 # --- problems and prompts -------------------------------------------------------------------------
 def read_problems(path: str, args: argparse.Namespace, limit: int | None = None) -> list[dict]:
-    """The records of a file, with `id`, `problem` and `answer` for the fields that the flags name.
-
-    limit: the first so many, 0 for all, in place of --limit. Raises UserError naming path and
-    record for what is missing, of the wrong type, empty or twice there.
-    """
+    """The records of a file, with `id`, `problem` and `answer` for the fields that --fields names.
+    Raises UserError naming path and record for what is missing, of the wrong type, empty or twice
+    there. limit: in place of --limit."""
     problems, seen, (key, problem, answer) = [], {}, args.fields
     for number, record in enumerate(common.read_jsonl(path, (problem, answer)), 1):
         where = f"{path}: record {number}"
@@ -94,8 +92,8 @@ def clean_problem(problem: object, where: str) -> str | list[dict]:
 
 
 def clean_answer(answer: object, where: str, args: argparse.Namespace) -> object:
-    """Text; a number as text; any other JSON value as it is, unless verifier.py is to judge it,
-    which takes no other. Raises UserError."""
+    """Text; a number as text; any other JSON value as it is, if it is not for verifier.py. Raises
+    UserError."""
     if isinstance(answer, float) and not math.isfinite(answer):
         answer = None  # JSON has no such number
     if isinstance(answer, int | float) and not isinstance(answer, bool):
@@ -107,8 +105,7 @@ def clean_answer(answer: object, where: str, args: argparse.Namespace) -> object
 
 
 def check_ids(record: dict, vocab: int, where: str) -> None:
-    """Raises UserError unless prompt_ids and response_ids are lists of token ids below vocab,
-    neither empty."""
+    """Raises UserError unless prompt_ids and response_ids are lists of token ids below vocab."""
     for field in ("prompt_ids", "response_ids"):
         ids = record[field]
         if not (isinstance(ids, list) and ids
@@ -119,7 +116,7 @@ def check_ids(record: dict, vocab: int, where: str) -> None:
 
 def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -> list[int]:
     """Token ids of a prompt: the tokenizer's chat template, or a plain one for models without
-    (--prompt-format). Chat messages are used as they are; a string gets the instruction after it.
+    (--prompt-format). A string gets the instruction after it; chat messages are used as they are.
     """
     style = args.prompt_format
     if style == "auto":
@@ -164,8 +161,7 @@ def add_prompts(policy: Policy, problems: list[dict], args: argparse.Namespace) 
 def sample_records(policy: Policy, rows: Iterable[tuple[dict, int]], verify: Verifier, args,
                    seed_parts: tuple, slots: int) -> Iterator[list[dict]]:
     """Rollout records of (problem, sample number) pairs, in lists of those that finish together;
-    row keys are (*seed_parts, id, sample). Pairs are taken as slots become free; those of one
-    problem should follow each other."""
+    row keys are (*seed_parts, id, sample). Pairs of one problem should follow each other."""
     def queue() -> Iterator[sampling.Row]:
         problem = None
         for p, number in rows:
@@ -218,11 +214,9 @@ def read_outcomes(path: Path) -> dict[tuple[str, int], Outcome]:
 
 def run_rollouts(policy: Policy, problems: list[dict], verify: Verifier, out: Path, args,
                  label: str) -> dict[tuple[str, int], Outcome]:
-    """Sample and verify args.n responses to every problem into out/rollouts.jsonl.
-
-    Each rank appends what it finishes to its own part file; what is there already is not sampled
-    again. When all is done rank 0 merges the parts in problem order. Safe to kill at any moment.
-    """
+    """Sample and verify args.n responses to every problem into out/rollouts.jsonl. Safe to kill at
+    any moment: each rank appends what it finishes to its own part file, and what is there is not
+    sampled again."""
     final, n = out / "rollouts.jsonl", args.n
     if final.exists():
         common.remove_parts(out, "rollouts")
@@ -267,8 +261,7 @@ def hits_per_problem(problems: list[dict], n: int, found: dict) -> list[int]:
 
 
 def summarise(problems: list[dict], n: int, found: dict) -> dict:
-    """Pass rate, lengths and the histogram {hits: problems}; its entry 0 counts the zero-hit
-    prompts."""
+    """Pass rate, lengths and the histogram {hits: problems}."""
     hits = hits_per_problem(problems, n, found)
     count = len(problems) * n  # rollouts
     return {"problems": len(problems), "n": n, "pass_rate": sum(hits) / count,

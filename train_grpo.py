@@ -138,8 +138,8 @@ def inject(group: list[dict], new: dict, how: str) -> list[dict]:
 
 def rescue(policy: Policy, groups: list[list[dict]], key: tuple, args,
            verify) -> tuple[list[list[dict]], int]:
-    """Every zero-hit group with a trajectory recovered from its first rollout that is long enough
-    to cut, where that succeeds, and how many these are. Groups with a hit cost nothing."""
+    """The groups, every zero-hit one with a trajectory recovered from its first rollout that is
+    long enough to cut, where that succeeds; and how many these are."""
     zero_hit = [group for group in groups if not any(r["reward"] for r in group)]
     failed = [[r for r in group if revise.cut(r["response_ids"], args.rho)] for group in zero_hit]
     found = recover(policy, [rows[0] for rows in failed if rows], key, args, verify)
@@ -159,10 +159,8 @@ def choose(wanted: list[bool], room: int) -> tuple[list[int], int]:
 
 def collect(policy: Policy, problems: list[dict], step: int, cursor: int, args,
             verify) -> tuple[list[list[dict]], int, dict]:
-    """This rank's groups for one step, the next data cursor, and counts over all ranks.
-
-    With --algo dapo, groups whose rewards are all equal are dropped and further prompts sampled.
-    """
+    """This rank's groups for one step, the next data cursor, and counts over all ranks. With --algo
+    dapo, groups whose rewards are all equal are dropped and further prompts sampled."""
     counts, mine, kept, longest = Counter(rescued=0, signal=0), [], 0, 0
     for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
         key = (args.seed, "grpo", step, turn)

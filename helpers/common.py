@@ -1,8 +1,5 @@
-"""What every stage shares: errors, flags, JSONL, run records, processes, models.
-
-Nothing here knows about the method: a stage calls these functions and stays a script that reads
-from top to bottom.
-"""
+"""What every stage shares: errors, flags, JSONL, run records, processes, models. Nothing here knows
+about the method."""
 import argparse
 import contextlib
 import hashlib
@@ -15,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,10 +112,8 @@ def read_jsonl(path: str | Path, fields=()) -> list[dict]:
 
 
 def scan(paths: list[Path], keep=lambda record: None) -> dict[tuple[str, int], Place]:
-    """Where each record is: {(id, sample): its Place, with keep(record)}.
-
-    Raises UserError naming `path:line` for a malformed record, or one that is there twice.
-    """
+    """Where each record is: {(id, sample): its Place, with keep(record)}. Raises UserError naming
+    `path:line` for a malformed record, or one that is there twice."""
     found = {}
     for path in paths:
         for number, place, record in records_of(path, ("id", "sample")):
@@ -202,10 +198,8 @@ def file_digest(path: str | Path) -> str:
 
 
 def model_digest(folder: Path) -> str:
-    """The same of a model: of each file's last MB and size, since weights are large.
-
-    Chat templates and the files of slow tokenizers are in it too: they change prompts.
-    """
+    """The same of a model, its tokenizer and chat template: of each file's last MB and size, since
+    weights are large."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (
             ".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -218,11 +212,11 @@ def model_digest(folder: Path) -> str:
 
 def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Path:
     """Make the output folder and its run.json, or check that it was begun with the same settings.
+    Raises UserError naming the first difference. A folder with no more than a run.json has no
+    result to protect: a command that failed can be corrected and run again.
 
     free: flags that do not change a result but for rounding, and may differ when a run continues.
     facts: anything else that the result depends on (a digest of the data, say).
-    Raises UserError naming the first difference. A folder with no more than a run.json has no
-    result to protect: a command that failed can be corrected and run again.
     """
     out = Path(out)
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in (*free, "out")} | facts
@@ -247,19 +241,22 @@ def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Pa
                                 "or the same settings to continue")
     elif rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=verifying.ROOT,
-                                    capture_output=True, text=True, check=False).stdout.strip()
-        except OSError:  # a machine without git
-            commit = ""
-        import transformers
         write_atomic(record, json.dumps({
-            "argv": sys.argv, "settings": settings, "git": commit or None,
+            "argv": sys.argv, "settings": settings, "git": git_commit(),
             "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "processes": world_size(),
+            "transformers": version("transformers"), "processes": world_size(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
     barrier()
     return out
+
+
+def git_commit() -> str | None:
+    """Of the stages; None outside of a repository and on a machine without git."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=verifying.ROOT,
+                              capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -275,10 +272,7 @@ def world_size() -> int:
 
 
 def process_timeout() -> timedelta:
-    """How long a process waits for another; at the end of a stage, for the slowest of all.
-
-    Raises UserError naming the variable.
-    """
+    """How long a process waits for another; at the end of a stage, for the slowest of all."""
     seconds = os.environ.get("LATENTREVISE_TIMEOUT", "7200")
     if not seconds.isdecimal() or not 0 < int(seconds) < 10**8:
         raise UserError(f"LATENTREVISE_TIMEOUT {seconds!r}: expected a number of seconds")
@@ -307,7 +301,7 @@ def barrier() -> None:
 
     A note goes between two processes at a time, so that rank 0 knows who is missing: a collective
     does not say, nor does monitored_barrier of a process that died before rank 0 came. Notes are
-    on the CPU, and so they pass through gloo beside NCCL as well.
+    on the CPU: gloo carries them beside NCCL.
     """
     others, note = range(1, world_size()) if rank() == 0 else [0], torch.zeros(1)
     for pass_note in (dist.recv, dist.send) if rank() == 0 else (dist.send, dist.recv):
@@ -321,7 +315,7 @@ def barrier() -> None:
 
 
 def gather(value: object) -> list:
-    """Every rank's value, in rank order, on every rank. Raises LostProcess."""
+    """Every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     barrier()  # says who is missing; the collective does not
@@ -341,7 +335,7 @@ class Counter:
         self.name, self.value = f"counter {next(self.numbers)}", 0
 
     def add(self, amount: int) -> int:
-        """The new value: each of several ranks that add 1 gets another. Raises LostProcess."""
+        """The new value: each of several ranks that add 1 gets another."""
         if world_size() > 1:
             try:
                 return store.add(self.name, amount)
@@ -352,11 +346,9 @@ class Counter:
 
 
 def run_script(get_args, main) -> None:
-    """Parse, join the other processes if torchrun started some, run main(args).
-
-    Ends in one line and an exit code: 2 for a UserError and for files that the system refuses, 1
-    for a LostProcess, 130 for Ctrl-C. The same command continues.
-    """
+    """Parse, join the other processes if torchrun started some, run main(args). Ends in one line
+    and an exit code: 2 for a UserError and for files that the system refuses, 1 for a LostProcess,
+    130 for Ctrl-C."""
     args = get_args()
     code = 0
     try:
@@ -393,10 +385,8 @@ def add_model_args(parser: argparse.ArgumentParser, several: bool = False) -> No
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
-    """--device; auto is this process's own GPU where there is one. Raises UserError naming it.
-
-    Settles --dtype auto, which results depend on: call it before start_run.
-    """
+    """--device; auto is this process's own GPU where there is one. Settles --dtype auto, which
+    results depend on: call it before start_run. Raises UserError."""
     name = args.device
     if name == "cuda" or name == "auto" and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -423,12 +413,9 @@ class Policy(NamedTuple):
 
 
 def load_model(args: argparse.Namespace, device: torch.device, train: bool = False) -> Policy:
-    """--model, ready to draw from: safetensors only, no remote code.
-
-    train=True gives float32 master weights, whatever --dtype. Raises UserError naming --model, also
-    for one that does more than embed, run its blocks and multiply by a head (scaled embeddings,
-    capped logits).
-    """
+    """--model, ready to draw from: safetensors only, no remote code. train: float32 master weights,
+    whatever --dtype. Raises UserError, also for a model that does more than embed, run its blocks
+    and multiply by a head (scaled embeddings, capped logits)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -481,9 +468,7 @@ def eos_ids(model, tokenizer) -> list[int]:
 @contextlib.contextmanager
 def checkpointed(model, on: bool):
     """With `on`, blocks are computed again in the backward instead of keeping their activations.
-
-    Transformers does so in training mode alone, so dropout is switched off by hand.
-    """
+    Transformers does so in training mode alone, so dropout is switched off by hand."""
     before = model.training
     if on:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -54,10 +54,9 @@ def is_sharded(args: argparse.Namespace, device: torch.device) -> bool:
     """--shard auto: on for several GPUs and for bfloat16, also on one process: FSDP2 is what runs
     bfloat16 over float32 weights. It rounds them as the copy that samples and the reference have
     them, so that the ratio to the sampling policy starts at exactly 1 and the KL at 0. Autocast
-    would keep float32 between the blocks, and be a third policy. Raises UserError for off then.
-    """
+    would keep float32 between the blocks, and be a third policy."""
     if args.shard == "off" and args.dtype == "bfloat16":
-        raise UserError("--shard off: --dtype bfloat16 is computed by sharding; leave --shard out")
+        raise UserError("--shard off: --dtype bfloat16 is computed by sharding")
     return args.shard == "on" or args.shard == "auto" and (
         args.dtype == "bfloat16" or device.type == "cuda" and common.world_size() > 1)
 
@@ -75,8 +74,8 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         how["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for module in [*blocks, model]:
-        # Moves its parameters to the device and keeps this process's rows of each. What is not
-        # trained keeps embedding and head gathered, since they do not change
+        # Keeps this process's rows of each parameter, on the device. What is not trained keeps
+        # embedding and head gathered, since they do not change
         fsdp.fully_shard(module, **how, reshard_after_forward=train or module is not model)
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)  # gradients are summed; the default is their mean
@@ -142,11 +141,10 @@ def head_logprobs(head, hidden: Tensor, targets: Tensor,
 def response_hidden(model, rows: list[dict],
                     prompt: str = "prompt_ids") -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states that predict each response token of the rows (M, D), those tokens (M,) and
-    their rows (M,). prompt: the field of the prompt's ids.
+    their rows (M,), row by row. prompt: the field of the prompt's ids.
 
-    Tokens come row by row. Rows are right-padded: under a causal mask padding is invisible to what
-    precedes it, so there is no mask to get wrong, and the tokens to score are chosen by length,
-    never by id (padding may equal EOS). No rows: one padding token goes through, and M is 0.
+    Rows are right-padded: under a causal mask padding is invisible to what precedes it, so there is
+    no mask to get wrong. No rows: one padding token goes through, and M is 0.
     """
     T = max((len(r[prompt]) + len(r["response_ids"]) for r in rows), default=1)
     ids = torch.zeros(max(len(rows), 1), T, dtype=torch.long)
@@ -167,11 +165,8 @@ def response_hidden(model, rows: list[dict],
 def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
                       entropy: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probabilities of every response token of the rows (M,) with gradient, entropies (M,) if
-    asked, and the tokens' rows (M,).
-
-    The head runs on `head_rows` response positions at a time and is recomputed in the backward:
-    B x T x V logits never exist.
-    """
+    asked, and the tokens' rows (M,). The head runs on `head_rows` response positions at a time and
+    is recomputed in the backward: B x T x V logits never exist."""
     hidden, targets, owner = response_hidden(model, rows)
     head = model.get_output_embeddings()
     parts = [checkpoint(head_logprobs, head, hidden[s:s + head_rows], targets[s:s + head_rows],
@@ -194,11 +189,8 @@ def total(value: float) -> float:
 
 
 def apply_gradients(model, optimizer, grad_clip: float) -> float:
-    """Sum gradients over processes, clip their norm, step. Returns the norm before clipping.
-
-    Losses are divided by global token counts already, so gradients are summed and not averaged.
-    Those of a sharded model have been summed in the backward.
-    """
+    """Sum gradients over processes (those of a sharded model have been, in the backward), clip
+    their norm, step. Returns the norm before clipping."""
     params = [p for p in model.parameters() if p.requires_grad]
     common.barrier()  # says which process is missing, if one is; a collective does not
     if common.world_size() > 1 and not isinstance(model, fsdp.FSDPModule):

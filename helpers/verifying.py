@@ -73,10 +73,8 @@ def judge(function, asked: list) -> tuple[bool, str]:
 
 class Verifier:
     """The function of --verifier. Called, it gives a verdict; submit() gives a future of one.
-    Raises UserError naming --verifier. `timeouts` counts the verdicts that took too long.
-
-    Not closed (common.run_script does it), Python waits at its end for what is under way.
-    """
+    Raises UserError naming --verifier. Not closed (common.run_script does it), Python waits at its
+    end for what is under way."""
 
     def __init__(self, spec: str, workers: int = 0, seconds: float = 10):
         self.spec, self.seconds = spec, seconds
