@@ -27,8 +27,7 @@ BOOTSTRAP = 10_000  # resamples
 PAPER_AVERAGE = {"aime24", "aime25", "amc23", "math500"}  # of Tables 1 to 3
 # Flags that may differ when a folder is continued: each (model, set) pair has its own
 # record, which holds the digest of the set, so that the file can be moved
-PAIR_FREE = (*rollout.FREE, "k", "data")
-FREE = (*PAIR_FREE, "model")
+FREE = ("k", "data")
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -63,9 +62,9 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 def score(problems: list[dict], found: dict, args: argparse.Namespace) -> dict:
     """pass@k with its interval for every k, lengths, and the share that was cut off."""
-    correct = rollout.hits_per_problem(problems, args.n, found)
-    values = {str(k): [pass_at_k(args.n, c, k) for c in correct] for k in args.k}
-    summary = rollout.summarise(problems, args.n, found)
+    hits = rollout.hits_per_problem(problems, args.n, found)
+    values = {str(k): [pass_at_k(args.n, c, k) for c in hits] for k in args.k}
+    summary = rollout.summarise(hits, args.n, found)
     return {"n": args.n, "problems": len(problems),
             "pass": {k: sum(v) / len(v) for k, v in values.items()},  # denominator: problems
             "interval": {k: bootstrap_interval(v, args.seed) for k, v in values.items()},
@@ -118,14 +117,14 @@ def main(args: argparse.Namespace) -> list[dict]:
             for name, path in zip(distinct_names(args.data), args.data)}
     device = common.pick_device(args)
     verify = verifying.from_args(args)  # a wrong one is noticed before anything is written
-    out = common.start_run(args.out, args, FREE)
+    out = common.start_run(args.out, args, (*FREE, "model"))
 
     results, policy = [], None
     for model, path in models.items():
         one = argparse.Namespace(**vars(args) | {"model": path})  # as the record of a pair has it
         policy = None  # the one before goes first, so that two are never in memory
         for data, (problems, digest) in sets.items():
-            folder = common.start_run(out / model / data, one, PAIR_FREE, data_digest=digest)
+            folder = common.start_run(out / model / data, one, FREE, data_digest=digest)
             if policy is None and not (folder / "rollouts.jsonl").exists():
                 policy = common.load_model(one, device)
             label = f"{model} {data}"

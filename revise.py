@@ -382,11 +382,15 @@ def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.
     return sampling.sample(policy, prompts, keys, limits, **sampling.settings(args))
 
 
-def verdicts(policy: Policy, responses: list[list[int]], failed: dict, verify) -> list[int]:
-    """1 for every response (token ids) that is right for the problem of `failed`, else 0."""
-    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+def texts(policy: Policy, prefix: list[int], drawn: list[sampling.Row]) -> list[str]:
+    """The responses that begin with a prefix."""
+    return [policy.tokenizer.decode(prefix + row.ids, skip_special_tokens=True) for row in drawn]
+
+
+def verdicts(responses: list[str], failed: dict, verify) -> list[int]:
+    """1 for every response that is right for the problem of `failed`, else 0."""
     problem = failed.get("problem_fields", failed)
-    asked = [verify.submit(text, failed["answer"], problem) for text in texts]
+    asked = [verify.submit(text, failed["answer"], problem) for text in responses]
     return [int(verdict.result()) for verdict in asked]
 
 
@@ -399,19 +403,16 @@ def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn:
     prefix; what only the soft prefix led to is unlikely there.
     """
     ends = bool({*projected} & {*policy.eos})  # the policy would have ended there
-    soft = verdicts(policy, [f.r + row.ids for row in drawn], failed, verify)
-    hard = iter(verdicts(policy, [projected + row.ids for row, right in zip(drawn, soft) if right],
-                         failed, verify))
-    guided = []
+    soft = verdicts(texts(policy, f.r, drawn), failed, verify)
+    responses = texts(policy, projected, drawn)
+    hard = iter(verdicts([t for t, right in zip(responses, soft) if right], failed, verify))
     if "guide_answer" in failed:  # --gold permuted
-        other = failed | {"answer": failed["guide_answer"]}
-        guided = verdicts(policy, [projected + row.ids for row in drawn], other, verify)
+        guided = verdicts(responses, failed | {"answer": failed["guide_answer"]}, verify)
     continuations = []
     for m, (row, right) in enumerate(zip(drawn, soft)):
-        text = policy.tokenizer.decode(projected + row.ids, skip_special_tokens=True)
-        c = {"ids": row.ids, "finish": row.finish, "response": text,
+        c = {"ids": row.ids, "finish": row.finish, "response": responses[m],
              "soft_reward": right, "reward": int(right and next(hard) and not ends)}
-        if guided:
+        if "guide_answer" in failed:
             c["guide_reward"] = guided[m]
         if c["reward"] and min_logprob is not None:
             rows = [{"prompt_ids": f.q + projected, "response_ids": row.ids}]
@@ -455,7 +456,7 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
         projected = ids.tolist() if steps["gaps"] or steps["gammas"] else f.r
         continuations = judge(policy, failed, f, projected, drawn[last][b], verify,
                               args.min_logprob)
-        curve = {i: verdicts(policy, [f.r + row.ids for row in rows[b]], failed, verify)
+        curve = {i: verdicts(texts(policy, f.r, rows[b]), failed, verify)
                  for i, rows in drawn.items() if i != last}
         curve[last] = [c["soft_reward"] for c in continuations]
         records.append({
@@ -538,14 +539,14 @@ def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify
     rollout.check_ids(failed, policy.vocab, f"--rollouts: {where}")
     answer_ids(policy.tokenizer, args.template, guide_of(failed))
     prompt, prefix = len(failed["prompt_ids"]), cut(failed["response_ids"], args.rho)
-    most = prompt + prefix + room(policy, prompt, prefix, args)
-    if most <= prompt + prefix:
+    left = room(policy, prompt, prefix, args)
+    if left < 1:
         raise UserError(f"--rollouts: {where}: its prefix has {prefix} tokens, which leaves no "
                         f"room for a continuation within --max-new-tokens {args.max_new_tokens} "
                         f"and the context of --model, {policy.context} tokens")
-    if 0 < args.decode_tokens < most:
+    if 0 < args.decode_tokens < prompt + prefix + left:
         raise UserError(f"--decode-tokens {args.decode_tokens}: {where} and its longest "
-                        f"continuation take {most}")
+                        f"continuation take {prompt + prefix + left}")
 
 
 def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], load,
@@ -616,10 +617,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# These change a result by float32 rounding alone
-FREE = (*rollout.FREE, "revise_tokens", "checkpoint_activations")
-
-
 def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str],
         device: torch.device, args: argparse.Namespace) -> None:
     """Revise all prompts into OUT/revised.jsonl, a batch at a time. Safe to kill at any moment:
@@ -666,7 +663,7 @@ def main(args: argparse.Namespace) -> None:
     answers = {i: places[0].kept.guide for i, places in failures.items()}
     guide = permuted_answers(answers, args.seed) if args.gold == "permuted" else {}
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=digest)
+    out = common.start_run(args.out, args, data_digest=digest)
 
     # === revise ===
     final = out / "revised.jsonl"

@@ -13,16 +13,14 @@ Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`
         zero_hit.jsonl: the problems none of whose N responses passed, with all their fields;
         summary.json: the pass-rate histogram.
 
-How a response is drawn, and why its text depends on (seed, problem id, sample number) alone, up to
-float32 rounding: helpers/sampling.py. Processes claim problems from one list as their batches have
-room, so none waits for another, and append what is finished to a part file each; killed at any
-moment, the same command samples what is missing, and the files are the same but for such rounding:
-about two tokens in ten million.
+A response depends on (seed, problem id, sample number) alone, up to float32 rounding, about two
+tokens in ten million (helpers/sampling.py). Processes claim problems from one list as their batches
+have room, so none waits for another, and append what is finished to a part file each; killed at any
+moment, the same command samples what is missing.
 
-Memory  --decode-tokens: the KV cache never holds more, so long responses are decoded in smaller
-        batches (29 KB a token for Qwen2.5-1.5B in bfloat16, 147 KB for Qwen3-8B; and the weights).
-        A pass over new prompts adds 8,192 tokens at most. --decode-rows: the most sequences decoded
-        together, which bounds the logits, size x vocabulary.
+Memory  --decode-tokens: the KV cache never holds more (29 KB a token for Qwen2.5-1.5B in bfloat16,
+        147 KB for Qwen3-8B), so long responses are decoded in smaller batches; a pass over new
+        prompts adds 8,192 tokens at most. --decode-rows bounds the logits, rows x vocabulary.
 
 Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is
 replaced); sampling settings are these flags alone, never those of a checkpoint's generation_config.
@@ -53,10 +51,10 @@ DAPO = re.compile(
 
 
 # --- problems and prompts -------------------------------------------------------------------------
-def read_problems(path: str, args: argparse.Namespace, limit: int | None = None) -> list[dict]:
+def read_problems(path: str, args: argparse.Namespace) -> list[dict]:
     """The records of a file, with `id`, `problem` and `answer` for the fields that --fields names.
     Raises UserError naming path and record for what is missing, of the wrong type, empty or twice
-    there. limit: in place of --limit."""
+    there."""
     problems, seen, (key, problem, answer) = [], {}, args.fields
     for number, record in enumerate(common.read_jsonl(path, (problem, answer)), 1):
         where = f"{path}: record {number}"
@@ -75,7 +73,7 @@ def read_problems(path: str, args: argparse.Namespace, limit: int | None = None)
         problems.append(p | {k: v for k, v in record.items() if k in others})
     if not problems:
         raise UserError(f"{path}: holds no problems")
-    return problems[:(args.limit if limit is None else limit) or None]
+    return problems[:args.limit or None]
 
 
 def clean_problem(problem: object, where: str) -> str | list[dict]:
@@ -260,11 +258,10 @@ def hits_per_problem(problems: list[dict], n: int, found: dict) -> list[int]:
     return [sum(found[p["id"], s].reward for s in range(n)) for p in problems]
 
 
-def summarise(problems: list[dict], n: int, found: dict) -> dict:
+def summarise(hits: list[int], n: int, found: dict) -> dict:
     """Pass rate, lengths and the histogram {hits: problems}."""
-    hits = hits_per_problem(problems, n, found)
-    count = len(problems) * n  # rollouts
-    return {"problems": len(problems), "n": n, "pass_rate": sum(hits) / count,
+    count = len(found)  # rollouts
+    return {"problems": len(hits), "n": n, "pass_rate": sum(hits) / count,
             "zero_hit": hits.count(0),
             "mean_tokens": sum(x.tokens for x in found.values()) / count,
             "truncated": sum(x.finish == "length" for x in found.values()) / count,
@@ -296,20 +293,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# Flags that may change when a run continues: a result changes by float32 rounding alone
-FREE = ("device", "decode_rows", "decode_tokens")
-
-
-def main(args: argparse.Namespace) -> dict:
+def main(args: argparse.Namespace) -> None:
     problems = read_problems(args.data, args)
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
     verify = verifying.from_args(args)
     policy = common.load_model(args, device)
     found = run_rollouts(policy, problems, verify, out, args, "rollout")
-    summary = summarise(problems, args.n, found)
     if common.rank() == 0:
         hits = hits_per_problem(problems, args.n, found)
+        summary = summarise(hits, args.n, found)
         zero = [p for p, h in zip(problems, hits) if h == 0]
         common.write_atomic(out / "zero_hit.jsonl", "".join(map(common.to_line, zero)))
         common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -319,7 +312,6 @@ def main(args: argparse.Namespace) -> dict:
               f"{summary['truncated']:.1%}")
         histogram = "  ".join(f"{h}:{c}" for h, c in summary["histogram"].items())
         print(f"  hits of {args.n} -> problems:   {histogram}")
-    return summary
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ from helpers.sampling import row_key
 LOG_BOUND = 20.0  # of log-differences before exp: far beyond any clip and far from overflow
 LUFFY_GAMMA = 0.1
 WARN_AFTER = 20  # steps without signal
-FREE = (*training.FREE, *revise.FREE, "samples")  # these do not change a result but for rounding
 ALGO = {"grpo": {"kl_coef": 0.001, "clip_high": 0.2}, "dapo": {"kl_coef": 0.0, "clip_high": 0.28}}
 
 
@@ -341,7 +340,7 @@ def main(args: argparse.Namespace) -> None:
     # === setup ===
     problems = rollout.read_problems(args.data, args)
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
     if training.is_finished(out, args.steps):
         return
     verify = verifying.from_args(args)

@@ -75,8 +75,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, training.FREE,
-                           data_digest=[common.file_digest(p) for p in args.data])
+    digests = [common.file_digest(path) for path in args.data]
+    out = common.start_run(args.out, args, data_digest=digests)
     if training.is_finished(out, args.steps):
         return
     policy = training.load_model(args, device, train=True)

@@ -103,8 +103,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError("--gold permuted: a problem has a guide, which is not another's answer")
         told = revise.permuted_answers(told, args.seed)
     device = common.pick_device(args)
-    digest = common.file_digest(args.data)
-    out = common.start_run(args.out, args, rollout.FREE, data_digest=digest)
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
 
     files = [out / name for name in ("rollouts.jsonl", "recovered.jsonl", "summary.json")]
     if not all(f.exists() for f in files):

@@ -40,8 +40,6 @@ from helpers.common import NOT_NEGATIVE, Policy, UserError, checked
 
 # Dimension key: M response tokens of a micro-batch, V vocabulary, D model width
 
-FREE = (*training.FREE, *rollout.FREE, "samples")  # these do not change a result but for rounding
-
 
 def add_teacher_prompts(policy: Policy, problems: list[dict], args: argparse.Namespace) -> None:
     """Give each problem its `teacher_ids`, the prompt that tells the gold answer, and leave room
@@ -135,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     # === setup ===
     problems = rollout.read_problems(args.data, args)
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
     if training.is_finished(out, args.steps):
         return
     verify = verifying.from_args(args)

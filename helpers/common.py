@@ -49,8 +49,8 @@ class Parser(argparse.ArgumentParser):
     """Flags of a script, whose docstring is its --help. Errors are one line; no abbreviations."""
 
     def __init__(self, description: str, **more):
-        more = {"formatter_class": Formatter, "allow_abbrev": False} | more
-        super().__init__(description=description, **more)
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False,
+                         **more)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
@@ -210,16 +210,22 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+# Flags of all stages that change a result by no more than float32 rounding (the learning rate is
+# constant, so --steps is one): they may differ when a run continues
+FREE = {"device", "decode_rows", "decode_tokens", "revise_tokens", "train_tokens", "shard", "steps",
+        "checkpoint_activations", "save_every", "keep", "samples", "log_to"}
+
+
 def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Path:
     """Make the output folder and its run.json, or check that it was begun with the same settings.
     Raises UserError naming the first difference. A folder with no more than a run.json has no
     result to protect: a command that failed can be corrected and run again.
 
-    free: flags that do not change a result but for rounding, and may differ when a run continues.
-    facts: anything else that the result depends on (a digest of the data, say).
+    free: further flags that may differ. facts: what else the result depends on (a digest of the
+    data, say).
     """
-    out = Path(out)
-    settings = {k: v for k, v in sorted(vars(args).items()) if k not in (*free, "out")} | facts
+    out, free = Path(out), {*FREE, *free}
+    settings = {k: v for k, v in sorted(vars(args).items()) if k not in free | {"out"}} | facts
     if isinstance(getattr(args, "model", None), str) and Path(args.model).is_dir():
         settings["model_digest"] = model_digest(Path(args.model))
     if getattr(args, "verifier", None) and verifying.file_of(args.verifier).is_file():
@@ -233,7 +239,7 @@ def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Pa
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"--out {out}: its run.json is damaged, so that nothing tells what the "
                             "folder holds") from None
-        for key in sorted((before.keys() | settings.keys()) - {*free}):  # it may be free since then
+        for key in sorted((before.keys() | settings.keys()) - free):  # it may be free since then
             if before.get(key) != settings.get(key):
                 flag = "--" + key.replace("_", "-")
                 raise UserError(f"--out {out} holds a run with {flag} {before.get(key)!r}, and "

@@ -414,8 +414,3 @@ def check_plain_sampling(args: argparse.Namespace) -> None:
         if getattr(args, flag) != plain:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes "
                             f"{plain} alone, since the policy that samples is the one that learns")
-
-
-# These do not change a result in float32: the learning rate is constant, so neither do --steps
-FREE = ("device", "train_tokens", "checkpoint_activations", "shard", "save_every", "keep", "steps",
-        "log_to")
