@@ -353,9 +353,16 @@ def cut(response_ids: list[int], rho: float) -> int:
     return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
 
-def room(policy: Policy, prompt: int, prefix: int, args: argparse.Namespace) -> int:
-    """Tokens that are left after a prompt and a prefix of so many."""
-    return int(min(args.max_new_tokens, policy.context - prompt)) - prefix
+def failure_of(policy: Policy, failed: dict, args: argparse.Namespace) -> Failure:
+    """A failed rollout of rollout.py, cut and with what it is steered toward."""
+    ids, n = failed["response_ids"], cut(failed["response_ids"], args.rho)
+    return Failure(failed["id"], failed["sample"], failed["prompt_ids"], ids[:n], ids[n:],
+                   *answer_ids(policy.tokenizer, args.template, guide_of(failed)))
+
+
+def room(policy: Policy, f: Failure, args: argparse.Namespace) -> int:
+    """Tokens that are left for a continuation."""
+    return int(min(args.max_new_tokens, policy.context - len(f.q))) - len(f.r)
 
 
 @functools.lru_cache(maxsize=2)
@@ -378,7 +385,7 @@ def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.
                for f, e in zip(batch, E.split([len(f.r) for f in batch]))]
     keys = [[row_key(seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
             for f in batch]
-    limits = [room(policy, len(f.q), len(f.r), args) for f in batch]
+    limits = [room(policy, f, args) for f in batch]
     return sampling.sample(policy, prompts, keys, limits, **sampling.settings(args))
 
 
@@ -395,13 +402,10 @@ def verdicts(responses: list[str], failed: dict, verify) -> list[int]:
 
 
 def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn: list[sampling.Row],
-          verify, min_logprob: float | None) -> list[dict]:
+          verify, args: argparse.Namespace) -> list[dict]:
     """Sec. 3.5 verifies twice: a continuation after the soft prefix, whose text is that of r
-    (`soft_reward`), and the hard trajectory [r^; c^] (`reward`, which needs both).
-
-    min_logprob: least mean log-probability (nats) of a rewarded continuation after the projected
-    prefix; what only the soft prefix led to is unlikely there.
-    """
+    (`soft_reward`), and the hard trajectory [r^; c^] (`reward`, which needs both). --min-logprob is
+    of the continuation after the projected prefix: what only the soft one led to is unlikely."""
     ends = bool({*projected} & {*policy.eos})  # the policy would have ended there
     soft = verdicts(texts(policy, f.r, drawn), failed, verify)
     responses = texts(policy, projected, drawn)
@@ -414,12 +418,12 @@ def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn:
              "soft_reward": right, "reward": int(right and next(hard) and not ends)}
         if "guide_answer" in failed:
             c["guide_reward"] = guided[m]
-        if c["reward"] and min_logprob is not None:
+        if c["reward"] and args.min_logprob is not None:
             rows = [{"prompt_ids": f.q + projected, "response_ids": row.ids}]
             with torch.no_grad():
                 logp = training.response_logprobs(policy.model, rows, entropy=False)[0]
             c["logprob"] = float(logp.mean())  # denominator: tokens of the continuation
-            c["reward"] = int(c["logprob"] >= min_logprob)
+            c["reward"] = int(c["logprob"] >= args.min_logprob)
         continuations.append(c)
     return continuations
 
@@ -435,12 +439,7 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
     seed = args.seed if seed is None else seed
     W = policy.model.get_input_embeddings().weight.detach()
     allowed = allowed_rows(policy.tokenizer, policy.vocab, len(W), args.vertex_rows).to(W.device)
-    batch = []
-    for failed in rollouts:
-        ids, n = failed["response_ids"], cut(failed["response_ids"], args.rho)
-        template, gold = answer_ids(policy.tokenizer, args.template, guide_of(failed))
-        batch.append(Failure(failed["id"], failed["sample"], failed["prompt_ids"], ids[:n], ids[n:],
-                             template, gold))
+    batch = [failure_of(policy, failed, args) for failed in rollouts]
 
     # With --record-every also after fewer steps, for the curves of Fig. 3
     last, every = args.revision_steps, args.record_every
@@ -454,8 +453,7 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
         failed, f, steps = rollouts[b], batch[b], history[b]
         # A prefix that did not move is its own tokens
         projected = ids.tolist() if steps["gaps"] or steps["gammas"] else f.r
-        continuations = judge(policy, failed, f, projected, drawn[last][b], verify,
-                              args.min_logprob)
+        continuations = judge(policy, failed, f, projected, drawn[last][b], verify, args)
         curve = {i: verdicts(texts(policy, f.r, rows[b]), failed, verify)
                  for i, rows in drawn.items() if i != last}
         curve[last] = [c["soft_reward"] for c in continuations]
@@ -537,16 +535,15 @@ def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify
     if args.gold == "permuted" and "guide" in failed:
         raise UserError(f"--gold permuted: {where} has a guide, which is not another's answer")
     rollout.check_ids(failed, policy.vocab, f"--rollouts: {where}")
-    answer_ids(policy.tokenizer, args.template, guide_of(failed))
-    prompt, prefix = len(failed["prompt_ids"]), cut(failed["response_ids"], args.rho)
-    left = room(policy, prompt, prefix, args)
-    if left < 1:
-        raise UserError(f"--rollouts: {where}: its prefix has {prefix} tokens, which leaves no "
+    f = failure_of(policy, failed, args)
+    most = len(f.q) + len(f.r) + room(policy, f, args)
+    if room(policy, f, args) < 1:
+        raise UserError(f"--rollouts: {where}: its prefix has {len(f.r)} tokens, which leaves no "
                         f"room for a continuation within --max-new-tokens {args.max_new_tokens} "
                         f"and the context of --model, {policy.context} tokens")
-    if 0 < args.decode_tokens < prompt + prefix + left:
+    if 0 < args.decode_tokens < most:
         raise UserError(f"--decode-tokens {args.decode_tokens}: {where} and its longest "
-                        f"continuation take {prompt + prefix + left}")
+                        f"continuation take {most}")
 
 
 def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], load,
