@@ -97,12 +97,11 @@ def table(results: list[dict], ks: list[int]) -> str:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     common.add_model_args(parser, several=True)
-    parser.add_argument("--data", nargs="+", required=True, help="problem sets, JSONL")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=POSITIVE, default=32,
-                        help="[Table 1] samples per problem")
-    parser.add_argument("--k", type=POSITIVE, nargs="+", default=[1, 32],
-                        help="[Table 1] pass@k for these k")
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="problem sets, JSONL")
+    add("--out", required=True, help="output folder")
+    add("-n", "--n", type=POSITIVE, default=32, help="[Table 1] samples per problem")
+    add("--k", type=POSITIVE, nargs="+", default=[1, 32], help="[Table 1] pass@k for these k")
     sampling.add_sampling_args(parser, max_new_tokens=32000)
     rollout.add_problem_args(parser)
     verifying.add_verifier_args(parser)

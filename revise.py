@@ -20,15 +20,10 @@ Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `ans
         `projected_ids`, `continuations` (`logprob`: see --min-logprob), `curve`;
         recovered.jsonl, a hard trajectory per right continuation, in the fields of rollouts.jsonl.
 
-Controls: --revision-steps 0 continues the unrevised prefix, --vertices random moves it by noise,
---gold permuted steers toward another prompt's answer.
-
 Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves
-open: the cut is floor(rho * tokens) with end-of-sequence counted in c; vertices and projections are
-ids that the tokenizer can decode, control tokens among them (--vertex-rows text: none); a prefix
-that did not move is its own projection, and one that holds an end-of-sequence is no trajectory;
-eight continuations per prefix; all failed rollouts of a prompt are tried in turn until one is
-recovered.
+open, beside the flags: the cut is floor(rho * tokens) with end-of-sequence counted in c; a prefix
+that did not move is its own projection, and one that holds an end-of-sequence is no trajectory; all
+failed rollouts of a prompt are tried in turn until one is recovered.
 """
 import argparse
 import contextlib

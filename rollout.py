@@ -283,10 +283,11 @@ def add_problem_args(parser: argparse.ArgumentParser) -> None:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     common.add_model_args(parser)
-    parser.add_argument("--data", required=True, help="problems, JSONL")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=POSITIVE, default=32,
-                        help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
+    add = parser.add_argument
+    add("--data", required=True, help="problems, JSONL")
+    add("--out", required=True, help="output folder")
+    add("-n", "--n", type=POSITIVE, default=32,
+        help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
     sampling.add_sampling_args(parser)
     add_problem_args(parser)
     verifying.add_verifier_args(parser)

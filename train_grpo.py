@@ -281,14 +281,14 @@ def report(bar, metrics: dict, silent: int, args: argparse.Namespace) -> None:
 def add_common_args(parser: argparse.ArgumentParser, group_size: int) -> None:
     """Flags that a baseline has as well."""
     common.add_model_args(parser)
-    flag = parser.add_argument
-    flag("--data", required=True, help="problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
-    flag("--out", required=True, help="output folder")
-    flag("--group-size", type=POSITIVE, default=group_size, help="[Table 7] N, of a prompt")
-    flag("--batch-size", type=POSITIVE, default=512, help="[Table 7] prompts per step")
-    flag("--samples", type=COUNT, nargs=2, default=[10, 2], metavar=("STEPS", "GROUPS"),
-         help="to samples.jsonl: every so many steps (0: never) so many groups (0: all), rescued "
-              "ones first")
+    add = parser.add_argument
+    add("--data", required=True, help="problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
+    add("--out", required=True, help="output folder")
+    add("--group-size", type=POSITIVE, default=group_size, help="[Table 7] N, of a prompt")
+    add("--batch-size", type=POSITIVE, default=512, help="[Table 7] prompts per step")
+    add("--samples", type=COUNT, nargs=2, default=[10, 2], metavar=("STEPS", "GROUPS"),
+        help="to samples.jsonl: every so many steps (0: never) so many groups (0: all), rescued "
+             "ones first")
     training.add_training_args(parser)
     sampling.add_sampling_args(parser)
     verifying.add_verifier_args(parser)
@@ -299,23 +299,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__, epilog="The flags of the revision are taken as well: "
                            "`python revise.py --help` describes them.")
     add_common_args(parser, group_size=8)
-    flag = parser.add_argument_group("objective").add_argument
-    flag("--algo", default="grpo", choices=list(ALGO), help="[Tables 1, 2] dapo is a baseline")
-    flag("--kl-coef", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
-         help="[Table 7] 0.001 for grpo; 0 for dapo")
-    flag("--clip-low", type=NOT_NEGATIVE, default=0.2, help="PPO's; the paper names none")
-    flag("--clip-high", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
-         help="0.2 for grpo; 0.28 for dapo")
-    flag("--updates", type=POSITIVE, default=1, help="optimizer steps per batch of rollouts")
-    flag("--resample", type=COUNT, default=3, help="dapo: further rounds of sampling per step")
-    flag("--overlong-buffer", type=COUNT, default=0, help="dapo: tokens before --max-new-tokens "
-         "over which a length penalty grows to 1; 0 is off")
-    flag = parser.add_argument_group("LatentRevise").add_argument
-    flag("--revise", action="store_true", help="[Sec. 4.1] rescue zero-hit groups: the method")
-    flag("--inject", default="replace", choices=["replace", "append"],
-         help="the recovered trajectory replaces the rollout it came from, or joins the group")
-    flag("--injected-ratio", default="current", choices=["current", "luffy"],
-         help="of injected tokens: that of any response, or LUFFY's policy shaping")
+    add = parser.add_argument_group("objective").add_argument
+    add("--algo", default="grpo", choices=list(ALGO), help="[Tables 1, 2] dapo is a baseline")
+    add("--kl-coef", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
+        help="[Table 7] 0.001 for grpo; 0 for dapo")
+    add("--clip-low", type=NOT_NEGATIVE, default=0.2, help="PPO's; the paper names none")
+    add("--clip-high", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
+        help="0.2 for grpo; 0.28 for dapo")
+    add("--updates", type=POSITIVE, default=1, help="optimizer steps per batch of rollouts")
+    add("--resample", type=COUNT, default=3, help="dapo: further rounds of sampling per step")
+    add("--overlong-buffer", type=COUNT, default=0,
+        help="dapo: tokens before --max-new-tokens over which a length penalty grows to 1")
+    add = parser.add_argument_group("LatentRevise").add_argument
+    add("--revise", action="store_true", help="[Sec. 4.1] rescue zero-hit groups: the method")
+    add("--inject", default="replace", choices=["replace", "append"],
+        help="the recovered trajectory replaces the rollout it came from, or joins the group")
+    add("--injected-ratio", default="current", choices=["current", "luffy"],
+        help="of injected tokens: that of any response, or LUFFY's policy shaping")
     args, rest = parser.parse_known_args(argv)
     revision = common.Parser("", prog=parser.prog)
     revise.add_revision_args(revision)

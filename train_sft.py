@@ -59,16 +59,14 @@ def read_rows(policy: Policy, args: argparse.Namespace) -> list[dict]:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     common.add_model_args(parser)
-    parser.add_argument("--data", required=True, nargs="+",
-                        help="trajectories, JSONL; several files are joined")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--batch-size", type=POSITIVE, default=512,
-                        help="[Table 7] trajectories per optimizer step")
-    parser.add_argument("--seed", type=int, default=0, help="of the data order")
-    parser.add_argument("--instruction", default=rollout.INSTRUCTION,
-                        help="for rows with `problem`; '' for none")
-    parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
-                        help="for rows with `problem`")
+    add = parser.add_argument
+    add("--data", required=True, nargs="+", help="trajectories, JSONL; several files are joined")
+    add("--out", required=True, help="output folder")
+    add("--batch-size", type=POSITIVE, default=512, help="[Table 7] trajectories per optimizer step")
+    add("--seed", type=int, default=0, help="of the data order")
+    add("--instruction", default=rollout.INSTRUCTION, help="for rows with `problem`; '' for none")
+    add("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
+        help="for rows with `problem`")
     training.add_training_args(parser)
     return parser.parse_args(argv)
 

@@ -382,12 +382,12 @@ def run_script(get_args, main) -> None:
 
 # --- models ---------------------------------------------------------------------------------------
 def add_model_args(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    parser.add_argument("--model", required=True, nargs="+" if several else None,
-                        help="Hugging Face causal LM: a folder or a hub id")
-    parser.add_argument("--device", default="auto",
-                        help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="of all computation; auto: float32 on a CPU, bfloat16 on a GPU")
+    add = parser.add_argument
+    add("--model", required=True, nargs="+" if several else None,
+        help="Hugging Face causal LM: a folder or a hub id")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="of all computation; auto: float32 on a CPU, bfloat16 on a GPU")
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:

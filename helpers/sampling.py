@@ -383,8 +383,8 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 819
     add("--seed", type=int, default=0, help="all random numbers are functions of it")
     add("--limit", type=COUNT, default=0, help="only the first so many problems; 0 for all")
     add("--decode-rows", type=POSITIVE, default=64, help="most sequences decoded together")
-    add("--decode-tokens", type=COUNT, default=2**18, help="most tokens in the KV cache, prompts "
-        "and responses: the memory flag; 0 is no bound")
+    add("--decode-tokens", type=COUNT, default=2**18,
+        help="most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
 
 
 def settings(args: argparse.Namespace) -> dict:

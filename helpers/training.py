@@ -388,24 +388,26 @@ def logger(name: str) -> str:
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Flags that the trainers have in common."""
-    flag = parser.add_argument_group("training").add_argument
-    flag("--steps", type=POSITIVE, default=100, help="optimizer steps in all; a run that is not "
-         "finished may be continued with another number")
-    flag("--lr", type=checked(float, lambda x: 0 <= x < 1), default=1e-5,
-         help="[Table 7] constant learning rate of AdamW")
-    flag("--grad-clip", type=checked(float, lambda x: x > 0), default=1.0,
-         help="[Table 7] largest gradient norm")
-    flag("--train-tokens", type=POSITIVE, default=16384,
-         help="padded tokens per forward and backward: the memory flag of the update")
-    flag("--checkpoint-activations", action="store_true", help="recompute activations in every "
-         "backward: less memory for long rows, a third slower")
-    flag("--shard", default="auto", choices=["auto", "on", "off"], help="weights, gradients and "
-         "moments spread over all processes (FSDP2); auto: for bfloat16 and for several GPUs")
-    flag("--save-every", type=COUNT, default=50, help="steps between checkpoints; 0 for none")
-    flag("--keep", type=COUNT, default=2, help="checkpoints that stay; 0 for all. A run continues "
-         "from the last two; all are models for eval.py --model OUT/checkpoint-*")
-    flag("--log-to", nargs="*", type=logger, default=[], metavar="LOGGER",
-         help="metrics to tensorboard or wandb (WANDB_PROJECT) as well")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=POSITIVE, default=100,
+        help="optimizer steps in all; a run that is not finished may continue with another number")
+    add("--lr", type=checked(float, lambda x: 0 <= x < 1), default=1e-5,
+        help="[Table 7] constant learning rate of AdamW")
+    add("--grad-clip", type=checked(float, lambda x: x > 0), default=1.0,
+        help="[Table 7] largest gradient norm")
+    add("--train-tokens", type=POSITIVE, default=16384,
+        help="padded tokens per forward and backward: the memory flag of the update")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in every backward: less memory for long rows, a third slower")
+    add("--shard", default="auto", choices=["auto", "on", "off"],
+        help="weights, gradients and moments spread over all processes (FSDP2); auto: for bfloat16 "
+             "and for several GPUs")
+    add("--save-every", type=COUNT, default=50, help="steps between checkpoints; 0 for none")
+    add("--keep", type=COUNT, default=2,
+        help="checkpoints that stay; 0 for all. A run continues from the last two; all are models "
+             "for eval.py --model OUT/checkpoint-*")
+    add("--log-to", nargs="*", type=logger, default=[], metavar="LOGGER",
+        help="metrics to tensorboard or wandb (WANDB_PROJECT) as well")
 
 
 def check_plain_sampling(args: argparse.Namespace) -> None:
