@@ -667,7 +667,7 @@ def main(args: argparse.Namespace) -> None:
     if common.rank() == 0:
         records = common.scan([final], trajectories)
         recovered = [t for place in records.values() for t in place.kept]
-        common.write_atomic(out / "recovered.jsonl", "".join(map(common.to_line, recovered)))
+        common.write_atomic(out / "recovered.jsonl", map(common.to_line, recovered))
         prompts = len({t["id"] for t in recovered})
         summary = {"zero_hit": len(failures), "tried": len(records), "skipped_too_short": skipped,
                    "recovered_prompts": prompts, "recovered_trajectories": len(recovered)}

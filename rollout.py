@@ -305,7 +305,7 @@ def main(args: argparse.Namespace) -> None:
         hits = hits_per_problem(problems, args.n, found)
         summary = summarise(hits, args.n, found)
         zero = [p for p, h in zip(problems, hits) if h == 0]
-        common.write_atomic(out / "zero_hit.jsonl", "".join(map(common.to_line, zero)))
+        common.write_atomic(out / "zero_hit.jsonl", map(common.to_line, zero))
         common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         print(f"{summary['problems']} problems x {args.n}: pass rate {summary['pass_rate']:.4f}, "
               f"zero-hit {summary['zero_hit']} ({summary['zero_hit'] / len(problems):.1%}), "

@@ -160,7 +160,7 @@ def collect(policy: Policy, problems: list[dict], step: int, cursor: int, args,
             verify) -> tuple[list[list[dict]], int, dict]:
     """This rank's groups for one step, the next data cursor, and counts over all ranks. With --algo
     dapo, groups whose rewards are all equal are dropped and further prompts sampled."""
-    counts, mine, kept, longest = Counter(rescued=0, signal=0), [], 0, 0
+    counts, mine, kept, longest = Counter(rescued=0), [], 0, 0
     for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
         key = (args.seed, "grpo", step, turn)
         order = training.draw_rows(len(problems), cursor, min(args.batch_size, len(problems)),

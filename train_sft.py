@@ -62,7 +62,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="trajectories, JSONL; several files are joined")
     add("--out", required=True, help="output folder")
-    add("--batch-size", type=POSITIVE, default=512, help="[Table 7] trajectories per optimizer step")
+    add("--batch-size", type=POSITIVE, default=512, help="[Table 7] trajectories per step")
     add("--seed", type=int, default=0, help="of the data order")
     add("--instruction", default=rollout.INSTRUCTION, help="for rows with `problem`; '' for none")
     add("--prompt-format", default="auto", choices=["auto", "chat", "plain"],

@@ -644,7 +644,7 @@ def _same_number(ours: Number, gold: Number, decimals: int) -> bool:
 
 
 def verify(response: str, gold: str) -> bool:
-    r"""True if the last box holds the gold answer, which may be bare, in `$..$` or in a `\boxed`."""
+    r"""True if the last box holds the gold answer, which may be bare, in `$..$` or in `\boxed`."""
     if not isinstance(response, str) or not isinstance(gold, str):
         return False
     ours, gold = extract_boxed(response), extract_boxed(gold) or gold

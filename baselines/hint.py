@@ -60,7 +60,7 @@ def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer,
     rows = common.read_jsonl(out / "rollouts.jsonl")
     plain = {p["id"]: rollout.prompt_ids(tokenizer, p["problem"], args) for p in problems}
     recovered = [r | {"prompt_ids": plain[r["id"]]} for r in rows if r["reward"]]
-    common.write_atomic(out / "recovered.jsonl", "".join(map(common.to_line, recovered)))
+    common.write_atomic(out / "recovered.jsonl", map(common.to_line, recovered))
     summary = {"problems": len(problems), "n": args.n, "recovered_trajectories": len(recovered),
                "recovered_prompts": len({r["id"] for r in recovered})}
     if args.gold == "permuted":  # how often the answer that was told is the one that is given

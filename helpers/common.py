@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -146,10 +146,12 @@ def cut_torn_line(path: Path) -> None:
         f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write aside and rename: a reader sees the old file or the new one, never half of it."""
+def write_atomic(path: str | Path, lines: Iterable[str]) -> None:
+    """Write aside and rename: a reader sees the old file or the new one, never half of it.
+    lines: may be more than memory holds; a text will do."""
     aside = Path(f"{path}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    with open(aside, "w", encoding="utf-8") as f:
+        f.writelines(lines)
     os.replace(aside, path)
 
 
@@ -176,10 +178,7 @@ def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
     if rank() == 0:
         places = scan(part_files(out, name))
         keys = sorted(places, key=lambda key: (order[key[0]], key[1]))
-        aside = out / f"{name}.jsonl.tmp"
-        with open(aside, "w", encoding="ascii") as f:
-            f.writelines(to_line(places[key].read()) for key in keys)
-        os.replace(aside, out / f"{name}.jsonl")
+        write_atomic(out / f"{name}.jsonl", (to_line(places[key].read()) for key in keys))
         remove_parts(out, name)
     barrier()
 
@@ -404,7 +403,7 @@ def pick_device(args: argparse.Namespace) -> torch.device:
         torch.empty(0, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         raise UserError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
     return device
 

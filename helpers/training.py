@@ -345,8 +345,8 @@ def load_checkpoint(out: Path, model, optimizer, steps: int) -> dict:
         for path in (out / "metrics.jsonl", out / "samples.jsonl"):
             if path.exists():
                 common.cut_torn_line(path)
-                common.write_atomic(path, "".join(common.to_line(r) for r in common.read_jsonl(path)
-                                                  if r["step"] <= state["step"]))
+                rows = [r for r in common.read_jsonl(path) if r["step"] <= state["step"]]
+                common.write_atomic(path, map(common.to_line, rows))
     common.barrier()
     return state
 
