@@ -186,15 +186,17 @@ def revision_figure(plt, out: Path, records: dict[str, list[dict]]) -> None:
 
 
 def training_figure(plt, out: Path, runs: dict[str, Path]) -> None:
-    """Training curves of the arms that sample."""
+    """Training curves of the arms that sample; those that revise come first and are alone in what is rescued."""
     fig, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), sharex=True)
     titles = {"reward": "pass rate of samples, %", "zero_hit": "groups without a hit, %",
               "rescued": "groups rescued, %"}
-    for (name, folder), colour, line in zip(runs.items(), style.COLOURS, style.LINES):
-        rows = common.read_jsonl(folder / "metrics.jsonl")
-        for axis, (key, title) in zip(axes, titles.items()):
+    arms = sorted(runs, key=lambda name: "Revise" not in name)
+    for name, colour, line in zip(arms, style.COLOURS, style.LINES):
+        rows = common.read_jsonl(runs[name] / "metrics.jsonl")
+        for axis, key in zip(axes, titles if "Revise" in name else ("reward", "zero_hit")):
             axis.plot([r["step"] for r in rows], [100 * r[key] for r in rows], color=colour, linestyle=line, label=name)
-            axis.set(title=title, xlabel="training step")
+    for axis, title in zip(axes, titles.values()):
+        axis.set(title=title, xlabel="training step", ylim=(0, None))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(runs), fontsize=9)
     style.save(fig, out / "training")
 

@@ -82,6 +82,15 @@ SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD", *SHAPE
 # bases below: {base folder: (seed, model)} of one world. The commands of all wait in one queue for two cores
 
 
+def base_models(world, out: Path, seeds: list[int], make: bool = True) -> dict[int, str]:
+    """{seed: model}: that of seed 0 ships with the repository, others are trained where they are not there yet."""
+    models = {s: f"{out}/model{s}" if s else world.__name__.replace(".", "/") + "_model" for s in seeds}
+    if make:
+        demo.run(out, *[f"-m {world.__name__} train --out {path} --seed {s} --prompts 50 -n 8"
+                        for s, path in models.items() if s and not (demo.ROOT / path / "run.json").exists()])
+    return models
+
+
 def prepare(world, out: Path, bases: dict, size: dict) -> None:
     """The problems of every base model, and its rollouts on the hard ones."""
     demo.run(out, *[f"-m {world.__name__} data --out {base}/data --seed {seed}" for base, (seed, _) in bases.items()])
@@ -182,10 +191,8 @@ def main(args: argparse.Namespace) -> None:
     bases = {}
     for name in args.worlds:
         world, out = WORLDS[name], root / name
-        models = {s: f"{out}/model{s}" if s else world.__name__.replace(".", "/") + "_model" for s in seeds}
+        models = base_models(world, out, seeds, make=not args.tables)
         if not args.tables:
-            demo.run(out, *[f"-m {world.__name__} train --out {path} --seed {s} --prompts 50 -n 8"
-                            for s, path in models.items() if s and not (demo.ROOT / path / "run.json").exists()])
             of = {out / f"base{seed}": (seed, model) for seed, model in models.items()}
             prepare(world, out, of, size)
             recover(world, out, of, size, args.all)

@@ -5,6 +5,7 @@ from pathlib import Path
 from helpers import common
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"  # of Okabe and Ito
+INK = "#222222"  # of text in a picture
 COLOURS = [BLUE, ORANGE, GREEN, PURPLE, GREY]
 LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1))]  # beside colours, for print and for eyes that see none
 

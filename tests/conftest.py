@@ -1,7 +1,9 @@
 """Small random models of the real architectures, and a tokenizer smaller than their embedding."""
 import argparse
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,15 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a miss
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,11 +36,10 @@ SHAPE = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hi
 
 def tiny_model(family: str, tied: bool = True, seed: int = 0):
     """A random model with attention that is far from uniform, so that a wrong mask or position shows."""
-    config, cls = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-                   "llama": (LlamaConfig, LlamaForCausalLM)}[family]
     extra = {"head_dim": 8} if family == "qwen3" else {}
     torch.manual_seed(seed)
-    model = cls(config(**SHAPE, tie_word_embeddings=tied, initializer_range=0.15, **extra))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **SHAPE, tie_word_embeddings=tied, initializer_range=0.15, **extra))
     model.set_attn_implementation("sdpa")
     return model.eval()
 
@@ -74,14 +68,37 @@ def tiny_tokenizer(chat: bool = True):
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """A saved tiny Qwen2 with a chat tokenizer, as --model takes it."""
-    path = tmp_path_factory.mktemp("model") / "qwen2"
-    tiny_model("qwen2").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
+    return save(tmp_path_factory.mktemp("model") / "qwen2")
+
+
+def save(path: Path, model=None, tokenizer=None) -> Path:
+    """A model folder; without a model a tiny Qwen2."""
+    (model or tiny_model("qwen2")).save_pretrained(path)
+    (tokenizer or tiny_tokenizer()).save_pretrained(path)
     return path
 
 
+class Shapes(TorchDispatchMode):
+    """As a context: the shapes of all tensors that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {t.shape for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)}
+        return out
+
+
 # --- running stages ---------------------------------------------------------------------------------------------------
-PARITY = "def verify(response, gold):\n    return len(response) % 2 == 1\n"  # hits and misses from a random model
+# Hits and misses from a random model. The last character is one that a continuation has, whatever its prefix
+PARITY = "def verify(response, gold):\n    return len(response) % 2 == 1\n"
+QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
+NEVER = "def verify(response, gold):\n    return False\n"
+WRAPPER = ("Solve the following math problem step by step. The last line of your response should be of the form "
+           "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your "
+           "answer on its own line after \"Answer:\".")  # DAPO's
 
 
 def write_problems(path: Path, count: int = 5) -> Path:
@@ -105,17 +122,34 @@ def without_seconds(records: list[dict]) -> list[dict]:
             for r in records]
 
 
+def files(folder: Path) -> dict[str, bytes | list]:
+    """Every file of a run but run.json, which has the time and the command; times are taken out of the metrics."""
+    def content(p: Path) -> bytes | list:
+        data = p.read_bytes()
+        return without_seconds(read(p)) if p.name == "metrics.jsonl" and data.endswith(b"\n") else data
+    return {str(p.relative_to(folder)): content(p) for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name != "run.json"}
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Byte for byte but for times. Training and revision make batches of the same shapes after a restart."""
+    a, b = files(one), files(other)
+    assert a.keys() == b.keys() and not [name for name in a if a[name] != b[name]]
+
+
 def args_for(tmp_path: Path, *extra: str) -> argparse.Namespace:
     return rollout.get_args(["--model", "m", "--data", "d", "--out", str(tmp_path), *extra])
 
 
 def run(script: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """A stage as a user runs it, through python or torchrun: seconds of imports every time."""
+    """A stage, or a module, as a user runs it, through python or torchrun: seconds of imports every time."""
     launcher = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run([*launcher, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                            env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}, timeout=300,
-                            check=False)
+    what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    result = subprocess.run(
+        [*launcher, *what, *map(str, args)], capture_output=True, text=True, timeout=300, check=False,
+        cwd=None if script.endswith(".py") else ROOT,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"})
     assert not check or result.returncode == 0, result.stderr
     return result
 
@@ -156,6 +190,82 @@ def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool 
     expected = -signal.SIGKILL if kill_at else 0
     assert not check or code == expected, f"exit {code}\n{err}"
     return subprocess.CompletedProcess([script, *argv], code, out, err)
+
+
+# --- a stage in this process, on inputs to spoil ----------------------------------------------------------------------
+STAGES = ["rollout", "revise", "train_sft", "train_grpo", "eval"]
+SAMPLERS = ["rollout", "revise", "train_grpo", "eval"]
+READERS = ["rollout", "train_grpo", "eval"]  # of problems
+
+
+class Trap:
+    """Pickled code that leaves a file behind when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class Desk:
+    """Good inputs for every stage, to spoil one at a time."""
+
+    def __init__(self, path, model_dir, monkeypatch, capsys):
+        self.path, self.out, self.monkeypatch, self.capsys = path, path / "out", monkeypatch, capsys
+        self.data = write_problems(path / "d.jsonl", 3)
+        self.rollouts = path / "rollouts"
+        self.rollouts.mkdir()
+        self.write_rollouts()
+        self.rows = path / "rows.jsonl"
+        self.rows.write_text(json.dumps({"prompt_ids": [5, 6], "response_ids": [7, 1]}) + "\n")
+        shared = {"--model": model_dir, "--out": self.out, "--device": "cpu"}
+        sampling = {"--verifier": write_verifier(path / "v.py"), "--max-new-tokens": 12}
+        self.flags = {
+            "rollout": shared | sampling | {"--data": self.data, "-n": 2},
+            "revise": shared | sampling | {"--rollouts": self.rollouts, "--continuations": 2},
+            "train_sft": shared | {"--data": self.rows, "--steps": 1, "--batch-size": 1},
+            "train_grpo": shared | sampling | {"--data": self.data, "--steps": 1, "--batch-size": 1,
+                                               "--group-size": 2, "--revise": None},
+            "eval": shared | sampling | {"--data": self.data, "-n": 2, "--k": 1}}
+
+    def write_rollouts(self, **changes):
+        self.rollouts.joinpath("rollouts.jsonl").write_text("".join(json.dumps(
+            {"id": f"p{i}", "sample": 0, "prompt_ids": [5, 6], "response_ids": [7] * 10, "response": "x",
+             "finish": "length", "reward": 0, "answer": str(i)} | changes) + "\n" for i in range(2)))
+
+    def run(self, name, changes):
+        """Run a stage in this process: exit code, stderr."""
+        argv = []
+        for flag, value in (self.flags[name] | changes).items():
+            argv += [flag, *map(str, value if isinstance(value, list) else [] if value is None else [value])]
+        module = importlib.import_module(name)
+        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+        self.capsys.readouterr()
+        try:
+            common.run_script(module.get_args, module.main)
+        except SystemExit as e:
+            return e.code, self.capsys.readouterr().err
+        return 0, self.capsys.readouterr().err
+
+    def fails(self, name, message, changes=None):
+        """Exactly one line, the right code, and an output folder that holds no more than before."""
+        before = self.tree()
+        code, err = self.run(name, changes or {})
+        assert code == 2, err
+        assert re.fullmatch(rf"{name}\.py: error: .*{message}.*\n", err), err
+        assert self.tree() == before
+        return err
+
+    def tree(self):
+        """Every file under the output folder; a run.json alone does not count, the next command may replace it."""
+        files = [p for p in self.out.rglob("*") if p.is_file()] if self.out.is_dir() else []
+        return {p: p.read_bytes() for p in files} if any(p.name != "run.json" for p in files) else {}
+
+
+@pytest.fixture
+def desk(tmp_path, model_dir, monkeypatch, capsys):
+    return Desk(tmp_path, model_dir, monkeypatch, capsys)
 
 
 # --- drawn text, which is the same up to float32 rounding -------------------------------------------------------------
@@ -231,22 +341,18 @@ def same_rollouts(one: Path, other: Path) -> bool:
 def assert_same_sampling(one: Path, other: Path, again) -> None:
     """Two folders of rollout.py or eval.py: the same files, byte for byte if what was drawn is. Otherwise what the
     stage makes of its own draws: again() runs it once more on `other`, where nothing is left to sample."""
-    def tree(folder: Path) -> dict[str, bytes]:
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-                if p.is_file() and p.name != "run.json"}  # which holds when and how it was started
-
-    before = tree(other)
-    assert before.keys() == tree(one).keys()
+    before = files(other)
+    assert before.keys() == files(one).keys()
     drawn = [name for name in before if Path(name).name == "rollouts.jsonl"]
     assert drawn
     equal = [same_rollouts(one / name, other / name) for name in drawn]  # each is compared, whatever the first one says
     if all(equal):
-        assert before == tree(one)
+        assert_same_files(one, other)
         return
     for name in before.keys() - {*drawn}:
         (other / name).unlink()
     again()
-    assert tree(other) == before
+    assert files(other) == before
 
 
 TRAINED = 1e-5  # NEAR where two runs' weights differ in the last digits too

@@ -12,8 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import test_stages
-from conftest import ROOT, read
+from conftest import ROOT, WRAPPER, read
 from huggingface_hub import constants
 
 from helpers import common
@@ -74,12 +73,6 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_the_table_has_the_published_sizes():
-    assert {name: source.count for name, source in get_data.TABLE.items()} == {
-        "dapo14k": 14116, "math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva": 272,
-        "olympiadbench": 674, "gsm8k": 1319}
-
-
 def test_a_set_is_fetched_once_and_read_as_every_stage_reads_it(hub):
     path = get_data.get("one", hub.out, table=TABLE)
     assert path == hub.out / "one.jsonl" and read(path) == EXPECTED
@@ -131,7 +124,7 @@ def test_parquet_is_read_with_pyarrow_or_says_that_it_is_missing(hub, tmp_path, 
     import pyarrow
     with pytest.raises(common.UserError, match=r"two\.parquet is damaged .*remove .* to download it again"):
         get_data.get("two", hub.out, table=TABLE)
-    rows = [{"prompt": test_stages.WRAPPER.format("a"), "final_answer": ["1"], "image": None},
+    rows = [{"prompt": WRAPPER.format("a"), "final_answer": ["1"], "image": None},
             {"prompt": "b", "final_answer": ["$2$, $3$"], "image": None}]
     for file, keys in {"good": ("prompt", "final_answer"), "other": ("prompt",)}.items():
         parquet.write_table(pyarrow.Table.from_pylist([{k: r[k] for k in keys} for r in rows]), tmp_path / "t")
@@ -190,7 +183,7 @@ def test_a_problem_inside_a_longer_one_counts_when_it_is_long_enough_and_never_a
 
 
 def test_overlap_with_a_training_file_is_printed_and_written(hub, tmp_path, capsys):
-    wrapped = test_stages.WRAPPER.format("what is $2$ plus $\\,2$, please")
+    wrapped = WRAPPER.format("what is $2$ plus $\\,2$, please")
     (tmp_path / "train.jsonl").write_bytes(jsonl([
         {"prompt": [{"role": "user", "content": wrapped}]},
         {"problem": "Say: what is 0 plus 0, please? As an integer."}]))

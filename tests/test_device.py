@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import read, write_problems, write_verifier
+from conftest import QUARTER, read, write_problems, write_verifier
 from torch.overrides import TorchFunctionMode
 
 import eval as evaluation
@@ -16,10 +16,9 @@ import revise
 import rollout
 import train_grpo
 import train_sft
-from helpers import common, sampling, training
+from helpers import sampling, training
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
 
 
 def tensors(x):
@@ -131,8 +130,3 @@ def test_a_planted_mix_up_is_caught(stages, monkeypatch, stage):
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         stages[stage]()
-
-
-def test_a_device_that_is_not_there_is_named():
-    with pytest.raises(common.UserError, match="--device cuda"):
-        common.pick_device(rollout.get_args(["--model", "m", "--data", "d", "--out", "o", "--device", "cuda:99"]))

@@ -1,12 +1,10 @@
 """Sharded (FSDP2) and plain training on several gloo processes, against one process that does the obvious."""
 import json
-import math
-import random
 import shutil
 
 import pytest
 import torch
-from conftest import read, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from conftest import Shapes, read, save, stage, tiny_model, write_problems, write_verifier
 from processes import Group, in_group
 from safetensors.torch import load_file, save_file
 from test_grpo import train
@@ -23,7 +21,6 @@ from test_train import (
 )
 from transformers import AutoModelForCausalLM
 
-import train_sft
 from experiments.benches import memory, tools
 from helpers import common, training
 
@@ -33,13 +30,6 @@ def on_processes(count, tmp_path, function, *args):
     """function(*args) on `count` processes in one gloo group."""
     group = Group(count, tmp_path, in_group, function, *args)
     assert group.finish() == [0] * count, "\n".join(group.said(2))
-
-
-def save_tiny(path, family):
-    model = tiny_model(family, tied=family == "qwen2")
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return model
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -72,7 +62,8 @@ def write_gradients(out, model_dir, shard):
 @pytest.mark.parametrize("family,shard,processes", [("qwen2", "off", 1), ("qwen2", "off", 2), ("qwen3", "on", 1),
                                                     ("qwen2", "on", 2), ("qwen3", "on", 3)])
 def test_gradients_do_not_depend_on_micro_batches_processes_or_sharding(tmp_path, family, shard, processes):
-    model = save_tiny(tmp_path / "m", family)
+    model = tiny_model(family, tied=family == "qwen2")
+    save(tmp_path / "m", model)
     on_processes(processes, tmp_path, write_gradients, tmp_path, tmp_path / "m", shard)
     for count in (5, 3, 1):
         (-torch.cat([literal_logprobs(model, r)[0] for r in make_rows(SIZES)[:count]]).mean()).backward()
@@ -82,35 +73,13 @@ def test_gradients_do_not_depend_on_micro_batches_processes_or_sharding(tmp_path
 
 
 def test_the_head_never_has_logits_of_more_than_a_chunk_of_rows():
-    from torch.utils._python_dispatch import TorchDispatchMode
-    shapes = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            shapes.update(t.shape for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
-
     model, rows = tiny_model("qwen3"), make_rows([(5, 90), (7, 61), (3, 1)])
-    with Watch():
+    with Shapes() as shapes:
         training.response_logprobs(model, rows, head_rows=8)[0].sum().backward()
     vocab = model.config.vocab_size
-    weight = tuple(model.get_output_embeddings().weight.shape)
-    logits = {s for s in shapes if vocab in s and tuple(s) != weight and tuple(s) != weight[::-1]}
-    assert max(math.prod(s) for s in logits) == 8 * vocab
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("sigma", [0.5, 1.0])
-def test_padding_is_at_most_a_tenth_on_skewed_lengths(seed, sigma):
-    """512 prompts of 8 responses on 8 processes;
-    responses are log-normal with a median of 600 and at most 8,192 tokens."""
-    rng = random.Random(seed)
-    rows = [{"prompt_ids": [5] * rng.randint(60, 250),
-             "response_ids": [6] * min(8192, int(rng.lognormvariate(6.4, sigma)))} for _ in range(512)]
-    batches = [[len(r["prompt_ids"]) + len(r["response_ids"]) for r in b] for b in training.micro_batches(rows, 16384)]
-    tokens = sum(map(sum, batches))
-    assert tokens < sum(len(b) * max(b) for b in batches) <= 1.10 * tokens
+    weight = {*model.get_output_embeddings().weight.shape}
+    logits = [s for s in shapes.seen if vocab in s and {*s} != weight]
+    assert max(s.numel() for s in logits) == 8 * vocab
 
 
 # --- the copy that samples --------------------------------------------------------------------------------------------
@@ -144,11 +113,11 @@ def compare_actor(model_dir, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_the_actor_has_the_logits_of_the_sharded_model_bit_for_bit(tmp_path, family, dtype):
-    save_tiny(tmp_path / "m", family)
+    save(tmp_path / "m", tiny_model(family, tied=family == "qwen2"))
     on_processes(2, tmp_path, compare_actor, tmp_path / "m", dtype)
 
 
-# --- memory: the formula of the README --------------------------------------------------------------------------------
+# --- memory: the formula of docs/performance.md -----------------------------------------------------------------------
 @pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False)])
 def test_the_memory_formula_is_what_autograd_keeps(family, tied):
     rows = [{"prompt_ids": [5] * 60, "response_ids": [6] * 140}] * 3
@@ -177,12 +146,6 @@ def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path,
     assert any(not torch.equal(v, v.bfloat16().float()) for v in trained.values())  # master weights are finer
 
 
-def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir):
-    data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
-    with pytest.raises(common.UserError, match="--shard off"):
-        train_sft.main(sft_args(model_dir, data, tmp_path / "o", "--dtype", "bfloat16", "--shard", "off"))
-
-
 @pytest.mark.parametrize("dtype,device,world,expected", [
     ("float32", "cpu", 1, False), ("float32", "cpu", 2, False),
     ("float32", "cuda", 1, False), ("float32", "cuda", 2, True),
@@ -190,6 +153,9 @@ def test_bfloat16_without_sharding_is_refused(tmp_path, model_dir):
 def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, device, world, expected):
     monkeypatch.setattr(common, "world_size", lambda: world)
     assert training.is_sharded(sft_args("m", "d", "o", "--dtype", dtype), torch.device(device)) is expected
+    if dtype == "bfloat16":
+        with pytest.raises(common.UserError, match="--shard off"):
+            training.is_sharded(sft_args("m", "d", "o", "--dtype", dtype, "--shard", "off"), torch.device(device))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -239,7 +205,7 @@ def step_and_save(out, model_dir, shard, resume):
 def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path, before, after):
     """Of five processes the last holds no row of the 8 of a head's norm. Files of the model are bounded, those of the
     optimizer are no larger than the model, and transformers loads them."""
-    save_tiny(tmp_path / "m", "qwen3")
+    save(tmp_path / "m", tiny_model("qwen3", tied=False))
     on_processes(before[0], tmp_path, step_and_save, tmp_path, tmp_path / "m", before[1], False)
     expected = load_file(tmp_path / "False.safetensors")
     last = tmp_path / "checkpoint-000002"

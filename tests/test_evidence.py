@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read
+from conftest import stage as run_stage
+from transformers import AutoTokenizer
 
 import revise
 from experiments import demo, evidence, plot, style, tables
@@ -308,6 +310,26 @@ def test_figures_show_what_is_in_the_tables(base, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib"):
         style.load()
+
+
+def test_the_picture_of_the_method_is_a_run(tmp_path):
+    """That of docs/toy.md: cut, vertices and projection; draws may differ between processors."""
+    problem = {"id": plot.PROBLEM, "problem": plot.PROBLEM, "answer": "61"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(problem))
+    shared = ["--model", ROOT / "toy/sums_model", "--max-new-tokens", 160, "--device", "cpu"]
+    run_stage("rollout.py", *shared, "--data", tmp_path / "one.jsonl", "-n", 4, "--instruction", "",
+              "--out", tmp_path / "r")
+    failed = next(r for r in read(tmp_path / "r" / "rollouts.jsonl") if r["response"] == f"{plot.PREFIX} {plot.FAILED}")
+    (tmp_path / "failed.jsonl").write_text(json.dumps(failed))
+    run_stage("revise.py", *shared, "--rollouts", tmp_path / "failed.jsonl", "--template", toy.TEMPLATE,
+              "--out", tmp_path / "v")
+    record, = read(tmp_path / "v" / "revised.jsonl")
+    text = AutoTokenizer.from_pretrained(ROOT / "toy/sums_model").decode
+    assert text(record["prefix_ids"]) == text(record["projected_ids"]) == plot.PREFIX
+    assert text(record["prefix_ids"][plot.FOLLOWED]) == "54" and record["recovered"]
+    assert [text(v[plot.FOLLOWED]) for v in record["vertices"]] == plot.VERTICES
+    plot.method(style.load(), tmp_path)
+    assert {f.suffix for f in tmp_path.glob("method.*")} == {".svg", ".png"}
 
 
 def test_a_failed_command_ends_the_others(monkeypatch, tmp_path):

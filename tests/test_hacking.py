@@ -1,10 +1,11 @@
 """The worked tasks of docs/hacking.md: every block that names a file is written as that file, and run."""
-import importlib.util
 import json
 import re
 
 import pytest
 from conftest import ROOT, read, stage
+
+from helpers.verifying import Verifier
 
 PAGE = (ROOT / "docs" / "hacking.md").read_text()
 BLOCKS = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
@@ -18,20 +19,13 @@ def files(tmp_path):
     return tmp_path
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.check
-
-
 def test_the_page_has_three_tasks_and_a_problem_of_chat_messages():
     assert {*BLOCKS} == {"choice.py", "unit.py", "dates.py"} and {*PROBLEMS} == {1, "add", 7}
     assert [m["role"] for m in PROBLEMS[1]["problem"]] == ["system", "user", "assistant", "user"]
 
 
 def test_the_verifiers_judge_as_the_page_says(files):
-    choice, unit, dates = (load(files / name) for name in ("choice.py", "unit.py", "dates.py"))
+    choice, unit, dates = (Verifier(f"{files / name}:check") for name in ("choice.py", "unit.py", "dates.py"))
     assert choice("It is (A).", "A") and not choice("It is (B).", "A") and not choice("", "A")
     tests, block = PROBLEMS["add"]["answer"], "So:\n```python\n{}\n```\n"
     assert unit(block.format(PROBLEMS["add"]["guide"]), tests)

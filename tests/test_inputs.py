@@ -1,95 +1,11 @@
 """Bad input ends in one line that names the file and line or the flag, with exit code 2 and nothing lost."""
-import importlib
 import json
 import re
-import sys
 
 import pytest
 import torch
-from conftest import run, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
+from conftest import READERS, SAMPLERS, STAGES, Trap, run, save, stage, tiny_model, tiny_tokenizer, write_verifier
 from safetensors.torch import load_file, save_file
-
-from helpers import common
-
-STAGES = ["rollout", "revise", "train_sft", "train_grpo", "eval"]
-SAMPLERS = ["rollout", "revise", "train_grpo", "eval"]
-READERS = ["rollout", "train_grpo", "eval"]  # of problems
-
-
-class Trap:
-    """Pickled code that leaves a file behind when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-class Desk:
-    """Good inputs for every stage, to spoil one at a time."""
-
-    def __init__(self, path, model_dir, monkeypatch, capsys):
-        self.path, self.out, self.monkeypatch, self.capsys = path, path / "out", monkeypatch, capsys
-        self.data = write_problems(path / "d.jsonl", 3)
-        self.rollouts = path / "rollouts"
-        self.rollouts.mkdir()
-        self.write_rollouts()
-        self.rows = path / "rows.jsonl"
-        self.rows.write_text(json.dumps({"prompt_ids": [5, 6], "response_ids": [7, 1]}) + "\n")
-        shared = {"--model": model_dir, "--out": self.out, "--device": "cpu"}
-        sampling = {"--verifier": write_verifier(path / "v.py"), "--max-new-tokens": 12}
-        self.flags = {
-            "rollout": shared | sampling | {"--data": self.data, "-n": 2},
-            "revise": shared | sampling | {"--rollouts": self.rollouts, "--continuations": 2},
-            "train_sft": shared | {"--data": self.rows, "--steps": 1, "--batch-size": 1},
-            "train_grpo": shared | sampling | {"--data": self.data, "--steps": 1, "--batch-size": 1,
-                                               "--group-size": 2, "--revise": None},
-            "eval": shared | sampling | {"--data": self.data, "-n": 2, "--k": 1}}
-
-    def write_rollouts(self, **changes):
-        self.rollouts.joinpath("rollouts.jsonl").write_text("".join(json.dumps(
-            {"id": f"p{i}", "sample": 0, "prompt_ids": [5, 6], "response_ids": [7] * 10, "response": "x",
-             "finish": "length", "reward": 0, "answer": str(i)} | changes) + "\n" for i in range(2)))
-
-    def run(self, name, changes):
-        """Run a stage in this process: exit code, stderr."""
-        argv = []
-        for flag, value in (self.flags[name] | changes).items():
-            argv += [flag, *map(str, value if isinstance(value, list) else [] if value is None else [value])]
-        module = importlib.import_module(name)
-        self.monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
-        self.capsys.readouterr()
-        try:
-            common.run_script(module.get_args, module.main)
-        except SystemExit as e:
-            return e.code, self.capsys.readouterr().err
-        return 0, self.capsys.readouterr().err
-
-    def fails(self, name, message, changes=None):
-        """Exactly one line, the right code, and an output folder that holds no more than before."""
-        before = self.tree()
-        code, err = self.run(name, changes or {})
-        assert code == 2, err
-        assert re.fullmatch(rf"{name}\.py: error: .*{message}.*\n", err), err
-        assert self.tree() == before
-        return err
-
-    def tree(self):
-        """Every file under the output folder; a run.json alone does not count, the next command may replace it."""
-        files = [p for p in self.out.rglob("*") if p.is_file()] if self.out.is_dir() else []
-        return {p: p.read_bytes() for p in files} if any(p.name != "run.json" for p in files) else {}
-
-
-@pytest.fixture
-def desk(tmp_path, model_dir, monkeypatch, capsys):
-    return Desk(tmp_path, model_dir, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_the_inputs_that_are_spoilt_below_are_good(desk, name):
-    assert desk.run(name, {})[0] == 0
-
 
 # --- problems ---------------------------------------------------------------------------------------------------------
 GOOD = b'{"id": "a", "problem": "1+1?", "answer": "2"}\n'
@@ -151,9 +67,10 @@ def spoil(kind, path):
         tokenizer.add_tokens([f"<more{i}>" for i in range(11)])  # ids 150 to 160, of 160 rows
     if kind == "no end":
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token = None
-    model.save_pretrained(path)
-    if kind != "without tokenizer":
-        tokenizer.save_pretrained(path)
+    save(path, model, tokenizer)
+    if kind == "without tokenizer":
+        for file in path.glob("*token*"):
+            file.unlink()
     if kind in ("no weights", "pickled weights"):
         weights.unlink()
     if kind == "pickled weights":
@@ -186,35 +103,27 @@ def test_bad_models(desk, name, kind):
     assert not (desk.path / "sprung").exists()  # pickled weights are never unpickled
 
 
-@pytest.fixture
-def without_template(desk):
-    path = desk.path / "plain"
-    tiny_model("qwen2").save_pretrained(path)
-    tiny_tokenizer(chat=False).save_pretrained(path)
-    return {"--model": path}
-
-
 @pytest.mark.parametrize("name", [*READERS, "train_sft"])
-def test_chat_without_a_template(desk, name, without_template):
+def test_chat_without_a_template(desk, name):
+    without = {"--model": save(desk.path / "plain", tokenizer=tiny_tokenizer(chat=False))}
     desk.rows.write_text(json.dumps({"problem": "x", "response": "y"}) + "\n")
-    desk.fails(name, "--prompt-format chat: .* no chat template", without_template | {"--prompt-format": "chat"})
+    desk.fails(name, "--prompt-format chat: .* no chat template", without | {"--prompt-format": "chat"})
     chat = row(problem=[{"role": "user", "content": "x"}], response="y")
     desk.data.write_bytes(chat)
     desk.rows.write_bytes(chat)
-    desk.fails(name, "chat messages needs a chat template", without_template)
+    desk.fails(name, "chat messages needs a chat template", without)
 
 
 def test_a_role_that_the_template_refuses(desk):
-    path, tokenizer = desk.path / "strict", tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only roles user and assistant') }}"
-    tiny_model("qwen2").save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    path = save(desk.path / "strict", tokenizer=tokenizer)
     desk.fails("rollout", "refused by the tokenizer of --model .*only roles", {"--model": path})
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 SAMPLING = {"--temperature": ["-1", "nan"], "--top-p": ["0", "1.5", "nan"], "--top-k": ["-1"],
-            "--max-new-tokens": ["0", "-3"], "--limit": ["-1"], "--decode-rows": ["0"], "--decode-tokens": ["-1"]}
+            "--max-new-tokens": ["0", "-3"], "--limit": ["-1"], "--decode-rows": ["0"], "--decode-tokens": ["-1", "5"]}
 REVISION = {"--rho": ["0", "1", "-0.1", "1.5", "nan"], "--revision-steps": ["-1"], "--gamma0": ["0", "1.5", "nan"],
             "--continuations": ["0"], "--record-every": ["-1"], "--alpha-guide": ["nan"], "--beta-nll": ["inf"],
             "--explore-weight": ["nan"], "--min-logprob": ["nan"], "--eps-stop": ["nan"], "--revise-tokens": ["0"]}
@@ -224,8 +133,9 @@ GRPO = {"--group-size": ["1"], "--updates": ["0"], "--resample": ["-1"],
         "--overlong-buffer": ["-1"], "--temperature": ["0.5"], "--top-p": ["0.9"], "--top-k": ["5"],
         "--kl-coef": ["-1", "nan"], "--clip-low": ["-0.1"], "--clip-high": ["nan"]}
 RANGES = [(name, flag, value) for names, flags in [
-              (SAMPLERS, SAMPLING), (["revise", "train_grpo"], REVISION), (["train_sft", "train_grpo"], TRAINING),
-              (["train_grpo"], GRPO), (["rollout"], {"-n": ["0"]}), (["eval"], {"--k": ["0", "3"], "-n": ["0"]})]
+              (STAGES, {"--device": ["abacus", "cuda:63"]}), (SAMPLERS, SAMPLING), (["revise", "train_grpo"], REVISION),
+              (["train_sft", "train_grpo"], TRAINING), (["train_grpo"], GRPO), (["rollout"], {"-n": ["0"]}),
+              (["eval"], {"--k": ["0", "3"], "-n": ["0"]})]
           for name in names for flag, values in flags.items() for value in values]
 
 
@@ -233,12 +143,6 @@ RANGES = [(name, flag, value) for names, flags in [
 def test_flags_out_of_range(desk, name, flag, value):
     # the word after the dashes, so that the message may call it by its long or its short name
     desk.fails(name, rf"-{flag.lstrip('-')}:? \[?{re.escape(value)}", {flag: value})
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_devices_that_are_not_there(desk, name):
-    desk.fails(name, "--device abacus", {"--device": "abacus"})
-    desk.fails(name, "--device cuda:63", {"--device": "cuda:63"})
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -294,9 +198,8 @@ def test_rollouts_that_cannot_be_revised(desk):
     desk.fails("revise", "prefix has 8 tokens.*--max-new-tokens 8", {"--max-new-tokens": 8})
     desk.write_rollouts(prompt_ids=[5] * 505)
     desk.fails("revise", "prefix has 8 tokens.* context of --model, 512")
-    for ids in ([7, 160, 7], [7, -1, 7], "abc", [7, "x", 7], [7.0, 7, 7]):
-        desk.write_rollouts(response_ids=ids)
-        desk.fails("revise", "'response_ids' is not a list of token ids of --model")
+    asks = write_verifier(desk.path / "three.py", "def verify(response, answer, problem):\n    return False\n")
+    desk.fails("revise", "asks for the problem", {"--verifier": asks})
     file = desk.rollouts / "rollouts.jsonl"
     file.write_text('{"id": "a"}\n')
     desk.fails("revise", r"rollouts\.jsonl:1: no field 'sample'")

@@ -1,11 +1,8 @@
 """experiments/real_model.py: its proxies of soundness, and its table on a folder that the stages made."""
 import pytest
-from conftest import stage, write_problems, write_verifier
+from conftest import QUARTER, stage, write_problems, write_verifier
 
 from experiments import real_model
-
-# A quarter of the last characters pass: some prompts are zero-hit, whatever the prefix
-QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
 
 
 @pytest.mark.parametrize("text,found", [

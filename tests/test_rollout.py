@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import (
     TOKENS,
+    WRAPPER,
     args_for,
     assert_same_sampling,
     assert_same_texts,
@@ -27,8 +28,6 @@ from helpers import common, sampling
 from helpers.common import Policy
 
 PROMPTS = [torch.tensor([5, 9, 30]), torch.tensor([7]), torch.arange(20, 37)]
-
-
 ENDS = [1, *range(60, 70)]  # about one token in 14: lengths differ much
 MANY = [torch.arange(3, 3 + n) for n in (4, 1, 9, 2, 40, 3, 1, 70, 5, 12, 2, 6)]  # longer ones join after shorter ones
 FAMILIES = pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False), ("llama", False)])
@@ -250,14 +249,6 @@ def test_an_iterator_is_asked_for_no_more_rows_than_fit():
     assert finished == taken == 20
 
 
-def test_logits_that_are_not_numbers_are_an_error():
-    model = tiny_model("qwen2")
-    model.get_input_embeddings().weight.data[7] = torch.nan
-    for temperature in (0, 1):
-        with pytest.raises(common.UserError, match="not numbers"):
-            draw(model, PROMPTS, temperature=temperature)
-
-
 def test_text_does_not_depend_on_the_number_of_samples_but_on_the_seed():
     model = tiny_model("qwen2")
     few, many = draw(model, PROMPTS, n=3, eos=ENDS), [x[:3] for x in draw(model, PROMPTS, n=8, eos=ENDS)]
@@ -290,16 +281,6 @@ def test_sample_frequencies_match_the_softmax():
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum()
     assert chi2 < 31.3  # 99.9 % quantile of chi-square with 11 degrees of freedom
     torch.testing.assert_close(logprobs, p.log()[tokens], atol=1e-5, rtol=0)
-
-
-def test_uniforms_are_uniform_and_independent_across_rows_and_positions():
-    keys = torch.tensor([sampling.row_key(0, i) for i in range(2000)])
-    u = torch.stack([sampling.uniforms(keys, t) for t in range(20)])
-    assert 0 <= u.min() and u.max() < 1
-    assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
-    centred = u - 0.5
-    for a, b in [(centred[:-1], centred[1:]), (centred[:, :-1], centred[:, 1:])]:
-        assert abs((a * b).mean() * 12) < 0.02  # correlation; its standard error is 0.005
 
 
 def test_uniforms_equal_splitmix64_in_whole_numbers():
@@ -371,10 +352,7 @@ def problems_in(tmp_path, record: dict, *flags, **more) -> list[dict]:
 
 
 def test_dapo_wrapper_is_replaced(tmp_path):
-    wrapped = ("Solve the following math problem step by step. The last line of your response should be of the form "
-               "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\n"
-               "Note: x>0.\n\nRemember to put your answer on its own line after \"Answer:\".")
-    assert problems_in(tmp_path, {"problem": wrapped, "answer": 3}) == [
+    assert problems_in(tmp_path, {"problem": WRAPPER.format("Find $x$.\n\nNote: x>0."), "answer": 3}) == [
         {"id": "1", "problem": "Find $x$.\n\nNote: x>0.", "answer": "3"}]
 
 
@@ -389,9 +367,7 @@ def test_an_answer_may_be_any_json_value_for_a_verifier_of_ones_own(tmp_path, an
         problems_in(tmp_path, record | {"guide": answer}, *own)
 
 
-@pytest.mark.parametrize("head,asks", [
-    ("response, answer", False), ("response, answer, tolerance=0.1", False), ("response, answer, **more", False),
-    ("response, answer, whole", True), ("response, answer, problem=None", True)])
+@pytest.mark.parametrize("head,asks", [("response, answer", False), ("response, answer, problem", True)])
 def test_the_other_fields_of_a_problem_travel(tmp_path, model_dir, head, asks):
     """To zero_hit.jsonl always, and to a verifier, and with the rollouts, if it asks for them."""
     record = {"name": "a", "question": "1+1?", "answer": {"2": 2}, "guide": "two", "limit": 3, "reward": "high"}
@@ -411,7 +387,7 @@ def test_the_other_fields_of_a_problem_travel(tmp_path, model_dir, head, asks):
 
 
 # --- the stage as a script --------------------------------------------------------------------------------------------
-def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(tmp_path, model_dir):
+def test_same_files_for_any_batch_size_and_number_of_processes(tmp_path, model_dir):
     data = write_problems(tmp_path / "d.jsonl")
     flags = ["--model", model_dir, "--data", data, "-n", 6, "--max-new-tokens", 10, "--device", "cpu",
              "--verifier", write_verifier(tmp_path / "v.py")]
@@ -421,21 +397,7 @@ def test_same_files_for_any_batch_size_and_number_of_processes_and_after_a_kill(
     again = lambda out: lambda: stage("rollout.py", *flags, "--out", out)
     for name in "bc":
         assert_same_sampling(tmp_path / "a", tmp_path / name, again(tmp_path / name))
-    whole = (tmp_path / "a" / "rollouts.jsonl").read_bytes()
-    assert whole.count(b"\n") == 30
-    # a run killed in mid-write: some whole records, one torn, a foreign rank's part
-    lines = whole.splitlines(keepends=True)
-    run_dir = tmp_path / "d"
-    run_dir.mkdir()
-    (run_dir / "run.json").write_text((tmp_path / "a" / "run.json").read_text())
-    (run_dir / "rollouts.rank0.part").write_bytes(b"".join(lines[:7]) + lines[7][:20])
-    (run_dir / "rollouts.rank3.part").write_bytes(b"".join(lines[20:22]) + lines[22][:9])
-    stage("rollout.py", *flags, "--out", run_dir, "--decode-rows", 4)
-    assert_same_sampling(tmp_path / "a", run_dir, again(run_dir))
-    assert not list(run_dir.glob("*.part"))
-    # other settings in the same folder are refused
-    refused = stage("rollout.py", *flags, "--out", run_dir, "--seed", 1, check=False)
-    assert refused.returncode == 2 and "--seed" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "a" / "rollouts.jsonl").read_bytes().count(b"\n") == 30
 
 
 def counting_verifier(path, extra: str = "") -> str:
@@ -461,6 +423,7 @@ def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir)
 
 @pytest.mark.parametrize("point,processes", [(6, 1), (19, 1), (3, 2)])
 def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, processes):
+    """Also of a process that is not there any more."""
     flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 4), "-n", 5, "--max-new-tokens", 40,
              "--device", "cpu", "--decode-rows", 3, "--decode-tokens", 600]
     verifier = counting_verifier(tmp_path / "v.py")
@@ -474,10 +437,3 @@ def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, 
     assert (tmp_path / "v.py.log").read_text().count("\n") == 20 - len(whole)
     again = lambda: stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b")
     assert_same_sampling(tmp_path / "a", tmp_path / "b", again)
-
-
-def test_a_budget_that_cannot_hold_one_response_is_refused(tmp_path, model_dir):
-    result = stage("rollout.py", "--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl"),
-                   "--out", tmp_path / "o", "--decode-tokens", 50, check=False)
-    assert (result.returncode == 2 and "--decode-tokens 50" in result.stderr
-            and len(result.stderr.strip().splitlines()) == 1)

@@ -3,7 +3,7 @@ import argparse
 
 import pytest
 import torch
-from conftest import TOKENS, tiny_model, tiny_tokenizer
+from conftest import TOKENS, read, tiny_model, tiny_tokenizer
 
 import revise
 from experiments import show
@@ -46,13 +46,6 @@ def test_a_step_that_was_not_taken_has_no_gamma():
     assert [s[1] for s in show.steps_of(record())] == [0.1, 0.2, 0.3, None]
 
 
-def test_hostile_text_is_escaped():
-    hostile = "\x1b[2J\x00"
-    r = record(answer=hostile, continuations=[{"reward": 0, "response": hostile}])
-    text = show.as_text(r, show.explain(r, tiny_tokenizer(), tiny_model("qwen2").get_input_embeddings().weight))
-    assert text.count("\\x1b[2J") == 2 and "\x1b" not in text and "\x00" not in text
-
-
 def test_show_reads_the_model_from_run_json(tmp_path, model_dir, capsys):
     write(tmp_path, record(), record(sample=1, recovered=False))
     with pytest.raises(common.UserError, match="--model"):
@@ -78,3 +71,27 @@ def test_a_rollout_that_stopped_before_its_first_step_is_shown_and_one_moved_by_
 def test_what_min_logprob_dropped_is_not_called_wrong():
     kinds = [{"reward": 1}, {"reward": 0}, {"reward": 0, "logprob": -2.0}, {"reward": 1, "logprob": -0.1}]
     assert [show.verdict(c) for c in kinds] == ["right", "wrong", "right, unlikely", "right"]
+
+
+WRONG = [None, True, -1, 1.5, "x", "", [], {}, ["x"], [[1]], 10**30, [10**30], [-1], "\ud800", "\x1b[2J\n",
+         [{"reward": 0, "response": "\x1b[2J\x00"}]]
+
+
+@pytest.mark.parametrize("field", [
+    "prefix_ids", "projected_ids", "vertices", "gammas", "gaps", "losses", "kept", "answer", "recovered",
+    "continuations", "sample", "passes"])
+def test_show_says_what_it_cannot_read_and_shows_the_rest_as_text(tmp_path, model_dir, monkeypatch, capsys, field):
+    policy = common.load_model(argparse.Namespace(model=str(model_dir), dtype="float32"), torch.device("cpu"))
+    monkeypatch.setattr(common, "load_model", lambda *_: policy)
+    file = tmp_path / "revised.jsonl"
+    write(tmp_path, record())
+    good, = read(file)
+    for wrong in WRONG:
+        file.write_text(common.to_line(good | {field: wrong}))
+        try:
+            run(tmp_path, "--id", "p", "--model", str(model_dir))
+        except common.UserError as e:
+            assert str(tmp_path) in str(e)
+        shown = capsys.readouterr().out
+        assert not {*"\x1b\x00\ud800"} & {*shown}
+        assert (field, wrong) != ("continuations", WRONG[-1]) or "\\x1b[2J" in shown

@@ -1,16 +1,17 @@
 """revise.py as a script, its controls, and every problem format through rollout.py and eval.py."""
 import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
-    ROOT,
+    QUARTER,
     TOKENS,
+    WRAPPER,
+    assert_same_files,
     common_tokens,
     read,
+    save,
     stage,
     tiny_model,
     tiny_tokenizer,
@@ -24,14 +25,6 @@ import rollout
 from helpers import common, sampling
 
 M = 2  # continuations: few, so that some failed rollouts are tried in vain
-# A quarter of the last characters pass: some prompts are zero-hit, some continuations are right, whatever the prefix
-QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
-
-
-def save(model, path):
-    model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 class World:
@@ -167,35 +160,9 @@ def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, token
     assert rest(read(tmp_path / "o" / "recovered.jsonl")) == rest(default[2]) and len(other) < 3
 
 
-def assert_same_folder(a, b):
-    """Byte for byte: whichever process and restart, a batch is revised whole, so that shapes are equal."""
-    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
-    for p in a.iterdir():
-        assert p.name == "run.json" or p.read_bytes() == (b / p.name).read_bytes(), p.name
-
-
 def test_two_processes_give_the_same_bytes(tmp_path, world, default):
     world.revise(tmp_path / "o", processes=2)
-    assert_same_folder(default[0], tmp_path / "o")
-
-
-# moments at which files change (conftest.die_at): 1-2 run.json, then an append per batch, then three renames
-@pytest.mark.parametrize("kills", [(2,), (3,), (4, 3), (7,), (9,)], ids=str)
-def test_a_killed_run_continues_to_the_same_bytes(tmp_path, world, default, kills):
-    for point in kills:
-        world.revise(tmp_path / "o", kill_at=point)
-    world.revise(tmp_path / "o")
-    assert_same_folder(default[0], tmp_path / "o")
-
-
-def test_a_part_torn_by_a_process_that_is_gone_is_repaired(tmp_path, world, default):
-    lines = [common.to_line(r).encode() for r in default[1]]
-    out = tmp_path / "o"
-    out.mkdir()
-    (out / "run.json").write_bytes((default[0] / "run.json").read_bytes())
-    (out / "revised.rank5.part").write_bytes(lines[-1] + lines[0][:50])
-    world.revise(out)
-    assert_same_folder(default[0], out)
+    assert_same_files(default[0], tmp_path / "o")
 
 
 # --- controls and choices ---------------------------------------------------------------------------------------------
@@ -266,22 +233,14 @@ def test_min_logprob_keeps_what_is_likely_after_the_projected_prefix(tmp_path, w
     assert len(records) > len(default[1])
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_eq8_other_projections_equal_brute_force(world, pairs, metric):
-    W, found = world.W[:TOKENS], [r for r, _ in pairs("--projection", metric, "--gamma0", 0.5)]
-    for r in found:
-        E = revise.replay(W, r)
-        cosine = torch.nn.functional.cosine_similarity(E[:, None], W[None], dim=-1)
-        score = cosine if metric == "cosine" else -torch.cdist(E, W)
-        assert r["projected_ids"] == score.argmax(-1).tolist()
-    assert any(r["kept"] < 1 for r in found)
-
-
-def test_vertex_rows_text_leaves_out_special_tokens(pairs):
-    special = set(tiny_tokenizer().all_special_ids)
-    assert special == {0, 1}
-    for r, _ in pairs("--vertex-rows", "text"):
-        assert not special & {v for step in r["vertices"] for v in step} and not special & set(r["projected_ids"])
+def test_the_projection_and_rows_advised_for_real_models_equal_brute_force(world, pairs):
+    """--vertex-rows text: neither <unk> nor end-of-sequence, of tokens 0 to 149."""
+    W, found = world.W[2:TOKENS], pairs("--projection", "cosine", "--vertex-rows", "text", "--gamma0", 0.5)
+    for r, _ in found:
+        cosine = torch.nn.functional.cosine_similarity(revise.replay(world.W, r)[:, None], W[None], dim=-1)
+        assert r["projected_ids"] == (2 + cosine.argmax(-1)).tolist()
+        assert min(map(min, r["vertices"])) >= 2
+    assert any(r["kept"] < 1 for r, _ in found)
 
 
 @pytest.mark.parametrize("passes,tokens,zero,short", [(True, 4, 0, 0), (False, 1, 0, 10)],
@@ -300,7 +259,7 @@ def test_prompts_without_a_rollout_to_revise_leave_empty_files(tmp_path, model_d
 def test_an_untied_qwen3_goes_through_every_stage(tmp_path):
     """Vertices are rows of the input embedding, not of the head."""
     model = tiny_model("qwen3", tied=False, seed=4)
-    world = World(tmp_path, model, save(model, tmp_path / "model"))
+    world = World(tmp_path, model, save(tmp_path / "model", model))
     for r in world.revise(tmp_path / "o"):
         assert r["projected_ids"] == (revise.replay(world.W, r) @ world.W[:TOKENS].T).argmax(-1).tolist()
     assert (tmp_path / "o" / "recovered.jsonl").read_text()
@@ -316,9 +275,6 @@ def test_an_untied_qwen3_goes_through_every_stage(tmp_path):
 
 
 # --- problem formats --------------------------------------------------------------------------------------------------
-WRAPPER = ("Solve the following math problem step by step. The last line of your response should be of the form "
-           "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your "
-           "answer on its own line after \"Answer:\".")
 # Rows shaped like the published files, in our own words: name -> (rows, flags, golds as the verifier gets them)
 FORMATS = {
     "math500": ([{"problem": "Write $(0,3)$ in polar form.", "solution": "Easy.", "subject": "Precalculus", "level": 2,
@@ -355,7 +311,7 @@ def long_model(tmp_path_factory):
     """A context that holds real problems, a token a character."""
     model = tiny_model("qwen2")
     model.config.max_position_embeddings = 8192
-    return save(model, tmp_path_factory.mktemp("long") / "model")
+    return save(tmp_path_factory.mktemp("long") / "model", model)
 
 
 def go_through(tmp_path, model, data, flags):
@@ -378,18 +334,3 @@ def test_rows_shaped_like_published_files_go_through_rollout_and_eval(tmp_path, 
     assert [r["answer"] for r in records] == [g for g in golds for _ in range(2)]
     prompts = [tiny_tokenizer().decode(r["prompt_ids"]) for r in records]
     assert all(p.endswith(f"\n{rollout.INSTRUCTION}[assistant]") and "Answer:" not in p for p in prompts)
-
-
-REAL = Path(os.environ.get("LATENTREVISE_DATA", ROOT.parent / "shared" / "data"))
-
-
-@pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "minerva", "olympiadbench", "gsm8k",
-                                  "dapo14k"])
-def test_first_rows_of_real_files_go_through_rollout_and_eval(tmp_path, long_model, name):
-    if not (REAL / f"{name}.jsonl").exists():
-        pytest.skip(f"no {name}.jsonl in {REAL} (set LATENTREVISE_DATA)")
-    rows = common.read_jsonl(REAL / f"{name}.jsonl")[:2]
-    data = tmp_path / f"{name}.jsonl"
-    data.write_text("".join(map(common.to_line, rows)))
-    records = go_through(tmp_path, long_model, data, [])
-    assert [r["answer"] for r in records] == [r["answer"] for r in rows for _ in range(2)]

@@ -1,21 +1,22 @@
-"""What both toy worlds promise: sets that are disjoint and a function of the seed, a tokenizer and a base model as the
-stages need them; and the first world: its texts slip as stated. test_toy_words.py has the second."""
+"""What both toy worlds promise: sets that are disjoint and a function of the seed, texts that go wrong at the stated
+rate and nowhere else, a checker of reasoning, a tokenizer and a base model as the stages need them."""
+import itertools
 import json
 import random
 import re
 from functools import cache
-from itertools import chain
 
 import pytest
 import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rollout
+from helpers import common
 from toy import sums as toy
 from toy import words
 from verifier import verify
 
-SHIPPED = ROOT / "toy/sums_model"
 BOTH = pytest.mark.parametrize("world", [toy, words], ids=["sums", "words"])
 
 
@@ -92,7 +93,7 @@ def test_sets_and_training_texts_are_disjoint(world):
     assert sum(map(len, by_set.values())) == 3400 == len(set.union(*by_set.values()))
     texts = {m.split("?")[0] + "?" for m, _ in examples_of(world)}
     assert {toy.split_of(t) for t in texts} == {"base"}
-    for name, records in chain(sets_of(world).items(), toy.problem_sets(world, 1).items()):
+    for name, records in itertools.chain(sets_of(world).items(), toy.problem_sets(world, 1).items()):
         assert {toy.split_of(r["problem"]) for r in records} == {name}
 
 
@@ -110,7 +111,7 @@ def test_data_command_writes_the_same_files_twice(tmp_path, monkeypatch, world):
 @BOTH
 def test_tokenizer_round_trips_every_text(world):
     tokenizer = tokenizer_of(world)
-    for s in chain(*examples_of(world), (r["problem"] for r in sets_of(world)["train"])):
+    for s in itertools.chain(*examples_of(world), (r["problem"] for r in sets_of(world)["train"])):
         ids = tokenizer(s)["input_ids"]
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == s == "".join(tokenizer.decode([i]) for i in ids)
@@ -132,7 +133,7 @@ def test_training_from_nothing_writes_a_folder_that_loads(tmp_path, world):
 
 
 # --- the texts of the first world -------------------------------------------------------------------------------------
-def test_first_pass_forgets_carries_at_the_stated_rate():
+def test_sums_first_pass_forgets_carries_at_the_stated_rate():
     crossing = [(a, b, c) for _, text in examples_of(toy) for a, b, c in steps(text)[0] if a % 10 + b >= 10]
     plain = [(a, b, c) for _, text in examples_of(toy) for a, b, c in steps(text)[0] if a % 10 + b < 10]
     assert len(crossing) > 4000
@@ -142,41 +143,34 @@ def test_first_pass_forgets_carries_at_the_stated_rate():
     assert abs(rate - toy.SLIP) < 4 * (toy.SLIP * (1 - toy.SLIP) / len(crossing)) ** 0.5
 
 
-def test_number_of_carries_is_that_of_the_steps_written():
-    """Whatever slips: a forgotten carry keeps the units digit. (A misread addend does not, so none is drawn here.)"""
-    rng = random.Random(1)
-    for _ in range(300):
-        problem = toy.draw_problem(rng, "base")
-        text, _ = toy.write_pass(rng, toy.parts(problem), toy.SLIP)
-        assert toy.facts(problem)["carries"] == sum(a % 10 + b >= 10 for a, b, _ in steps(text)[0])
-
-
-def test_first_pass_misreads_addends_at_the_stated_rate():
+def test_sums_first_pass_misreads_addends_at_the_stated_rate():
     rng, ns = random.Random(2), [10, 5, 5, 5]
     read = [b for _ in range(3000) for _, b, _ in steps(toy.write_pass(rng, ns, 0.0, toy.MISREAD)[0])[0]]
     expected = toy.MISREAD * 8 / 9  # a misread addend can be the same by chance
     assert abs(sum(b != 5 for b in read) / len(read) - expected) < 4 * (expected / len(read)) ** 0.5
 
 
-def test_sets_are_right():
-    for r in chain(*sets_of(toy).values()):
+def test_sums_are_right():
+    for r in itertools.chain(*sets_of(toy).values()):
         ns = list(map(int, re.findall(r"\d+", r["problem"])))
         assert r["answer"] == str(sum(ns)) and sum(ns) < 100
         assert r["carries"] == sum(sum(ns[:i]) // 10 < sum(ns[: i + 1]) // 10 for i in range(1, len(ns)))
 
 
-def test_numbers_words_and_templates_are_whole_tokens():
-    tokenizer = tokenizer_of(toy)
+PIECES = {toy: ["29|+|4|=|33|;|33|+|3|=|26", " So| the| answer| is| \\boxed{|26|}."],
+          words: ["Ann| |52|;| Bob| |52|-|5|=|47", " Bob| has| |5| fewer| than| Ann|.",
+                  " So| the| answer| is| \\boxed{|47|}."]}
 
-    def pieces(s):
-        return tokenizer.convert_ids_to_tokens(tokenizer(s)["input_ids"])
 
-    assert pieces("29+4=33;33+3=26") == ["29", "+", "4", "=", "33", ";", "33", "+", "3", "=", "26"]
-    assert pieces(toy.TEMPLATE + "26}.") == [" So", " the", " answer", " is", " \\boxed{", "26", "}."]
+@BOTH
+def test_numbers_words_and_the_template_are_whole_tokens(world):
+    tokenizer = tokenizer_of(world)
+    pieces = lambda s: tokenizer.convert_ids_to_tokens(tokenizer(s)["input_ids"])
+    assert all(pieces(s.replace("|", "")) == s.split("|") for s in PIECES[world])
+    assert PIECES[world][-1].replace("|", "").startswith(world.TEMPLATE)
     paper = "Based on my current reasoning process, the final answer is "
     for s in (paper, toy.INSTRUCTION, " " + toy.INSTRUCTION):
         assert toy.UNK not in pieces(s) and tokenizer.decode(tokenizer(s)["input_ids"]) == s
-    assert pieces("été") != [] and len(pieces("1234")) == 2
 
 
 def test_chat_template_and_what_training_sees():
@@ -201,17 +195,71 @@ def test_labels_are_the_response_and_nothing_else():
         assert labels[i].tolist() == [-100] * cut + row[cut:] + [-100] * (ids.shape[1] - len(row))
 
 
+# --- the texts of the second world ------------------------------------------------------------------------------------
+def solve(problem: str) -> dict[str, int]:
+    """What everybody has, sentence by sentence: each introduces one person beside the last."""
+    sentences = problem.split("?")[0].split(". ")
+    has = {sentences[0].split()[0]: int(sentences[0].split()[2])}
+    for sentence in sentences[1:-1]:
+        name, _, n, word, _, other = sentence.split()
+        assert name not in has and other == list(has)[-1]
+        has[name] = has[other] + {"more": int(n), "fewer": -int(n)}[word]
+    assert sentences[-1].split() == ["How", "many", "does", list(has)[-1], "have"]
+    return has
+
+
+def test_words_first_pass_misreads_fewer_at_the_stated_rate_and_miscounts_never():
+    misread = []
+    for message, text in examples_of(words):
+        before, right = None, list(solve(message.split("?")[0] + "?").items())
+        for i, m in enumerate(toy.passes(text, words)[0]):
+            assert m[1] == right[i][0]
+            if i:
+                difference = right[i][1] - right[i - 1][1]
+                assert int(m[2]) == before and int(m[5]) == before + int(m[3] + m[4])  # what is written is right
+                assert int(m[4]) == abs(difference)
+                assert m[3] == "+" or difference < 0  # `more` is never misread
+                misread += [m[3] == "+"] if difference < 0 else []
+            before = int(m[5])
+    assert len(misread) > 2000
+    rate = sum(misread) / len(misread)
+    assert abs(rate - words.MISREAD) < 4 * (words.MISREAD * (1 - words.MISREAD) / len(misread)) ** 0.5
+
+
+def test_words_are_right():
+    for r in itertools.chain(*sets_of(words).values()):
+        assert r["answer"] == str(list(solve(r["problem"]).values())[-1])
+        assert r["fewer"] == r["problem"].count(" fewer ")
+
+
+def test_however_it_is_read_numbers_fit_and_only_the_right_reading_has_the_answer():
+    for r in sets_of(words)["train"][:300] + sets_of(words)["hard"][:100]:
+        people = words.parts(r["problem"])
+        for wrong in itertools.product(*[[False, True] if n < 0 else [False] for _, n in people]):
+            sums = list(itertools.accumulate(-n if w else n for (_, n), w in zip(people, wrong, strict=True)))
+            assert all(1 <= x <= 99 for x in sums)
+            assert (str(sums[-1]) == r["answer"]) == (not any(wrong))
+
+
 # --- reading responses -----------------------------------------------------------------------------------------------
-P = "29+4+3+9?"
-SOUND = [
+PEOPLE = "Ann has 52 apples. Bob has 5 more than Ann. Carl has 8 fewer than Bob. How many does Carl have?"
+RIGHT = "Ann 52; Bob 52+5=57; Carl 57-8=49."
+WRONG = "Ann 52; Bob 52+5=57; Carl 57+8=65."
+SOUND = {toy: [
     "29+4=33;33+3=36;36+9=45. So the answer is \\boxed{45}.",
     "29+4=33,33+3=36\n36+9=45. So it is \\boxed{45}.",
     "29+4=23;23+3=26;26+9=35. The answer is \\boxed{35}. Hmm.\n29+4=33;33+3=36;36+9=45. The answer is \\boxed{45}.",
     "29+4=23;23+3=26;26+9=35. But let me make sure.\n29+4=33;33+3=36;36+9=45. The total is \\boxed{45}.",
     "9+4 Wait 29+=3 the;29+4=33;33+3=36;36+9=45. So the answer is \\boxed{45}.",
     "29+4=33;33+3=36;36+9=45.\nBased on my current reasoning process, the final answer is \\boxed{45}.",
-]
-UNSOUND = [
+], words: [
+    RIGHT + " So the answer is \\boxed{49}.",
+    RIGHT + "\nBased on my current reasoning process, the final answer is \\boxed{49}.",
+    WRONG + " So it is \\boxed{65}. Hmm.\n" + RIGHT + " The answer is \\boxed{49}.",
+    WRONG + " But let me make sure.\n" + RIGHT + " The total is \\boxed{49}.",
+    "Ann 52; Bob 52+ Wait Gus =apples.\n" + RIGHT + " So the answer is \\boxed{49}.",
+]}
+UNSOUND = {toy: [
     "29+4=23;23+3=26;26+9=35. So the answer is \\boxed{45}.",  # jumps to the answer
     "29+4=23;23+3=36;36+9=45. So the answer is \\boxed{45}.",  # two wrongs
     "29+4=33;33+3=36;36+9=35. So the answer is \\boxed{45}.",
@@ -228,50 +276,79 @@ UNSOUND = [
     "29+4=33;33+3=36;36+9=45. The answer is \\boxed{45}. Wait, \\boxed{45}.",
     "129+4=33;33+3=36;36+9=45. The answer is \\boxed{45}.",
     "\\boxed{45}", "", "}{\\boxed{", "é\x00" * 50, "9" * 5000 + "+1=2", "1+1=" * 3000,
-]
+], words: [
+    WRONG + " So the answer is \\boxed{49}.",  # jumps to the answer
+    WRONG + " So the answer is \\boxed{65}.",
+    RIGHT + " So the answer is \\boxed{65}.",
+    "Ann 52; Bob 52-5=47; Carl 57-8=49. So the answer is \\boxed{49}.",  # two wrongs
+    "Ann 52; Bob 52+5=57; Carl 57+8=49. So the answer is \\boxed{49}.",
+    "Ann 52; Carl 52-8=44; Bob 44+5=49. So the answer is \\boxed{49}.",  # another order
+    "Ann 52; Carl 52+5=57; Bob 57-8=49. So the answer is \\boxed{49}.",  # other people
+    "Ann 52; Carl 52-3=49. So the answer is \\boxed{49}.",  # misses Bob
+    "Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",  # misses Ann
+    "Ann 52; Bob 52+5=57. So the answer is \\boxed{49}.",  # misses Carl
+    "Ann 52; Bob 57; Carl 49. So the answer is \\boxed{49}.",  # no reasons
+    RIGHT[:-1] + "; Dora 49+0=49. So the answer is \\boxed{49}.",
+    "Gus 9; " + RIGHT + " So the answer is \\boxed{49}.",
+    "Ann 52; Wait Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",  # a broken chain
+    "Ann 152; Bob 52+5=57; Carl 57-8=49. So the answer is \\boxed{49}.",
+    RIGHT + " So the answer is \\boxed{49",  # cut off
+    RIGHT,
+    RIGHT + " Wait, let me recheck.\n" + WRONG + " The answer is \\boxed{49}.",
+    RIGHT + " Wait, let me recheck.\nAnn 52. The answer is \\boxed{49}.",
+    RIGHT + " The answer is \\boxed{49}. Wait, \\boxed{49}.",
+    "\\boxed{49}", "", "}{\\boxed{", "é\x00" * 50, "Ann " + "9" * 5000, "Ann 52; " * 3000,
+]}
+P = {toy: "29+4+3+9?", words: PEOPLE}
+OTHER = {toy: "29+4+3+8?", words: PEOPLE.replace("8", "7")}
 
 
-@pytest.mark.parametrize("text", SOUND)
-def test_sound_responses(text):
-    assert toy.is_sound(P, text) is True
-    assert toy.is_sound(P + " Check your work.\n" + toy.INSTRUCTION, text) is True
-    assert toy.is_sound("29+4+3+8?", text) is False
+@pytest.mark.parametrize("world,text", [(world, text) for world in SOUND for text in SOUND[world]])
+def test_sound_responses(world, text):
+    assert world.is_sound(P[world], text) is True
+    assert world.is_sound(P[world] + " Check your work.\n" + toy.INSTRUCTION, text) is True
+    assert world.is_sound(OTHER[world], text) is False
 
 
-@pytest.mark.parametrize("text", UNSOUND)
-def test_unsound_responses(text):
-    assert toy.is_sound(P, text) is False
-    assert toy.is_sound("no problem at all", text) is False
+@pytest.mark.parametrize("world,text", [(world, text) for world in UNSOUND for text in UNSOUND[world]])
+def test_unsound_responses(world, text):
+    assert world.is_sound(P[world], text) is False
+    assert world.is_sound("no problem at all", text) is False
 
 
-def test_steps_by_pass():
-    assert steps(SOUND[3]) == [[(29, 4, 23), (23, 3, 26), (26, 9, 35)], [(29, 4, 33), (33, 3, 36), (36, 9, 45)]]
-    assert steps("1+2=3+4=7") == [] == steps("")
+@pytest.mark.parametrize("problem", [
+    "", "Ann has 52 apples. How many does Ann have?", PEOPLE.replace("does Carl", "does Bob"),
+    PEOPLE.replace("Bob has 5", "Dora has 5"), PEOPLE.replace("than Ann", "than Bob"), PEOPLE.replace("52", "x"),
+    PEOPLE.replace(" apples", ""), PEOPLE[:-1]])
+def test_other_texts_are_not_problems(problem):
+    assert words.parts(problem) == []
 
 
-def test_every_reflection_is_recognised_and_no_closing_is():
-    assert all(toy.has_reflection("29+4=33." + r + "\n") for r in toy.REFLECTIONS)
-    assert not any(toy.has_reflection(f"29+4=33{c} \\boxed{{33}}.") for c in toy.CLOSINGS)
+# --- the base models -------------------------------------------------------------------------------------------------
+@BOTH
+def test_shipped_model_is_the_stated_one(tmp_path, world):
+    """It checks when asked, hardly ever when not, and hard problems stay unsolved without the check."""
+    shipped = ROOT / "toy" / f"{world.__name__.removeprefix('toy.')}_model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(shipped), AutoTokenizer.from_pretrained(shipped)
+    check_pair(world, model, tokenizer, SOUND[world][2])
+    assert (shipped / "model.safetensors").stat().st_size <= 8e6
+    measured = json.loads((shipped / "run.json").read_text())["measured"]
+    with torch.no_grad():
+        losses = [float(toy.text_loss(model, *batch)) for batch in toy.batches(world, tokenizer, 1, 16, 64)]
+    assert sum(losses) / 16 == pytest.approx(measured["loss_per_token"], abs=0.01)
 
+    problems = toy.draw_problems(world, 0, "hard", 24, world.HARD, 99)
+    (tmp_path / "hard.jsonl").write_text("".join(map(common.to_line, problems)))
+    rollout.main(rollout.get_args([
+        "--model", str(shipped), "--data", str(tmp_path / "hard.jsonl"), "-n", "32", "--max-new-tokens", "160",
+        "--instruction", "", "--decode-rows", "512", "--out", str(tmp_path / "out")]))
+    share = measured["test_hard"]["zero_hit"]
+    zero_hit = len(common.read_jsonl(tmp_path / "out" / "zero_hit.jsonl")) / 24
+    assert abs(zero_hit - share) < 4 * (share * (1 - share) / 24) ** 0.5
 
-# --- the base model --------------------------------------------------------------------------------------------------
-@pytest.mark.skipif(not SHIPPED.exists(), reason="no base model in toy/sums_model")
-def test_shipped_model_is_the_stated_one():
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
-    check_pair(toy, model, tokenizer, SOUND[2])
-    assert (SHIPPED / "model.safetensors").stat().st_size <= 8e6
-    run = json.loads((SHIPPED / "run.json").read_text())
-    assert abs(run["measured"]["loss_per_token"] - held_out_loss(model, tokenizer)) < 0.01
-    # It checks when asked, hardly ever when not, and hard problems stay unsolved without the check
-    problems = [r["problem"] for r in sets_of(toy)["hard"][:24]]
-    asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, [p + toy.REQUESTS[0] for p in problems], 0)]
-    plain = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, problems, 0)]
-    assert sum(map(toy.has_reflection, asked)) >= 22 and sum(map(toy.has_reflection, plain)) <= 2
-    answers = [str(sum(toy.parts(p))) for p in problems]
-    assert sum(map(verify, plain, answers)) <= 2 and sum(map(verify, asked, answers)) >= 18
-
-
-@torch.no_grad()
-def held_out_loss(model, tokenizer):
-    losses = [toy.text_loss(model, *batch).item() for batch in toy.batches(toy, tokenizer, 1, 16, 64)]
-    return sum(losses) / len(losses)
+    messages = [p["problem"] + toy.REQUESTS[0] for p in problems]
+    asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, messages, 0)]
+    plain = [r["response"] for r in common.read_jsonl(tmp_path / "out" / "rollouts.jsonl")]
+    assert sum(map(world.has_reflection, asked)) >= 22
+    assert sum(map(world.has_reflection, plain)) / len(plain) < 0.05
+    assert sum(verify(text, p["answer"]) for text, p in zip(asked, problems, strict=True)) >= 12

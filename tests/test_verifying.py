@@ -191,13 +191,3 @@ def test_what_is_judged_is_written_before_an_error_of_the_verifier_is_raised(tmp
     with pytest.raises(UserError, match="broken"):
         rollout.main(args)
     assert [r["id"] for r in read(tmp_path / "o" / "rollouts.rank0.part")] == ["p0"]
-
-
-def test_rollouts_without_what_the_verifier_asks_for_are_refused(tmp_path, model_dir):
-    flags = ["--model", model_dir, "--max-new-tokens", 8, "--device", "cpu", "--verifier"]
-    two = write_verifier(tmp_path / "two.py", "def verify(response, answer):\n    return False\n")
-    three = write_verifier(tmp_path / "three.py", "def verify(response, answer, problem):\n    return False\n")
-    data = write_problems(tmp_path / "d.jsonl", 1)
-    stage("rollout.py", *flags, two, "--data", data, "-n", 1, "--out", tmp_path / "r")
-    result = stage("revise.py", *flags, three, "--rollouts", tmp_path / "r", "--out", tmp_path / "o", check=False)
-    assert result.returncode == 2 and "asks for the problem" in result.stderr

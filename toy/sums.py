@@ -176,18 +176,18 @@ def write_pass(rng: random.Random, ns: list[int], slip: float = 0.0, misread: fl
     return text, total
 
 
-def write_text(world: ModuleType, rng: random.Random, problem: str, reflect: bool) -> str:
+def write_text(world: ModuleType, rng: random.Random, problem: str, reflect: bool, slip: float) -> str:
     """A response: a first pass and its box; with `reflect` a clean second pass, after the box or from any step on.
 
     The second pass has to read the problem again: a first pass that was broken off or misread is no help to it.
     """
-    read = world.parts(problem)
+    read, first_pass = world.parts(problem), (slip, *world.FIRST_PASS[1:])
     if reflect and rng.random() < 0.5:
         # Parts read so far: doubts come at any step, and most often at the last
         stop = rng.choice([len(read), rng.randint(2, len(read))])
-        text = world.write_pass(rng, read[:stop], *world.FIRST_PASS)[0] + "."
+        text = world.write_pass(rng, read[:stop], *first_pass)[0] + "."
     else:
-        text, total = world.write_pass(rng, read, *world.FIRST_PASS)
+        text, total = world.write_pass(rng, read, *first_pass)
         text += f"{pick(rng, CLOSINGS)} \\boxed{{{total}}}."
     if not reflect:
         return text
@@ -196,11 +196,14 @@ def write_text(world: ModuleType, rng: random.Random, problem: str, reflect: boo
     return f"{text}{rng.choice(REFLECTIONS)}\n{again}{pick(rng, CLOSINGS)} \\boxed{{{total}}}."
 
 
-def draw_example(world: ModuleType, rng: random.Random) -> tuple[str, str]:
-    """One (user message, response) of the base model's training text."""
+def draw_example(world: ModuleType, rng: random.Random, unasked: float = UNASKED,
+                 slip: float | None = None) -> tuple[str, str]:
+    """One (user message, response) of the base model's training text. unasked: share of the texts without a request
+    that check all the same; slip: probability of the world's own mistake, if not the world's."""
     problem = world.draw_problem(rng, "base")
     asked = rng.random() < ASKED
-    response = write_text(world, rng, problem, asked or rng.random() < UNASKED)
+    response = write_text(world, rng, problem, asked or rng.random() < unasked,
+                          world.FIRST_PASS[0] if slip is None else slip)
     message = problem + (rng.choice(REQUESTS) if asked else "")
     return message + (rng.choice("\n ") + INSTRUCTION if rng.random() < INSTRUCTED else ""), response
 
@@ -287,12 +290,14 @@ def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, 
     return ids, ids.masked_fill((t < start) | (t >= end), -100)
 
 
-def batches(world: ModuleType, tokenizer: PreTrainedTokenizerFast, seed: int, count: int, size: int) -> Iterator:
-    """`count` batches (ids, labels) of `size` fresh training texts. Texts are drawn 16 batches at a time and batched
-    by length, which saves about a third of the time; the order of the batches is shuffled again."""
+def batches(world: ModuleType, tokenizer: PreTrainedTokenizerFast, seed: int, count: int, size: int,
+            *mix: float) -> Iterator:
+    """`count` batches (ids, labels) of `size` fresh training texts; mix: as draw_example takes it. Texts are
+    drawn 16 batches at a time and batched by length, which saves about a third of the time; the order of the batches is
+    shuffled again."""
     for first in range(0, count, 16):
         rng = random.Random(f"{seed}/text/{first}")
-        rows = encode_batch(tokenizer, [draw_example(world, rng) for _ in range(16 * size)])
+        rows = encode_batch(tokenizer, [draw_example(world, rng, *mix) for _ in range(16 * size)])
         rows.sort(key=lambda row: len(row[0]))
         pool = [rows[i : i + size] for i in range(0, len(rows), size)]
         rng.shuffle(pool)
@@ -320,7 +325,8 @@ def fit(world: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokeniz
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, cosine], [warmup])
     model.train()
     losses = []
-    bar = tqdm(batches(world, tokenizer, args.seed, args.steps, args.batch), total=args.steps, mininterval=5)
+    drawn = batches(world, tokenizer, args.seed, args.steps, args.batch, args.unasked, args.slip)
+    bar = tqdm(drawn, total=args.steps, mininterval=5)
     for ids, labels in bar:
         loss = text_loss(model, ids, labels)
         optimizer.zero_grad()
@@ -405,11 +411,14 @@ def get_args(argv: list[str] | None = None, world: ModuleType = THIS) -> argpars
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="write the problem sets")
     data.add_argument("--out", required=True, help="folder for train, hard, test_hard and test_easy .jsonl")
-    train = commands.add_parser("train", help="train the base model from nothing")
+    train = commands.add_parser("train", help="train a base model")
     train.add_argument("--out", required=True, help="folder for the model, the tokenizer and run.json")
     train.add_argument("--steps", type=int, default=world.TRAINING["steps"], help="optimizer steps")
     train.add_argument("--batch", type=int, default=world.TRAINING["batch"], help="texts per step")
     train.add_argument("--lr", type=float, default=world.TRAINING["lr"], help="peak learning rate")
+    train.add_argument("--start", help="a base model to go on from; not given: from nothing")
+    train.add_argument("--unasked", type=float, default=UNASKED, help="share of unasked texts that check all the same")
+    train.add_argument("--slip", type=float, default=world.FIRST_PASS[0], help="how often a first pass errs")
     check = commands.add_parser("check", help="measure a trained base model")
     common.add_model_args(check)
     for command in (train, check):
@@ -438,14 +447,15 @@ def main(args: argparse.Namespace, world: ModuleType = THIS) -> None:
 
     begin = time.time()
     tokenizer = build_tokenizer(world)
-    model = build_model(tokenizer, args.seed)
+    model = Qwen3ForCausalLM.from_pretrained(args.start) if args.start else build_model(tokenizer, args.seed)
     loss = fit(world, model, tokenizer, args)
     seconds = time.time() - begin
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     run = {
         "command": f"python -m toy.{Path(world.__file__).stem} train --out {args.out} --steps {args.steps} "
-                   f"--batch {args.batch} --lr {args.lr} --seed {args.seed}",
+                   f"--batch {args.batch} --lr {args.lr} --seed {args.seed} --unasked {args.unasked} "
+                   f"--slip {args.slip}" + (f" --start {args.start}" if args.start else ""),
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),

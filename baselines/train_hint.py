@@ -1,0 +1,47 @@
+"""GRPO that rescues a zero-hit group by the answer hint: a right response to a prompt that tells the answer takes the
+place of a failed one, as if the plain prompt had led to it (see hint.py).
+
+    python -m baselines.train_hint --model toy/sums_model --data hard.jsonl --out out/grpo-hint --steps 60
+
+Flags, files and everything else are those of train_grpo.py with --revise; N hinted responses are drawn for a group
+without a hit, as many as the group has. Differs from train_grpo.py: `recover` alone.
+"""
+import argparse
+
+import rollout
+import train_grpo
+from baselines.hint import HINT, add_text
+from helpers import common
+from helpers.common import Policy
+
+PROBLEMS: dict[str, dict] = {}  # {id: problem}: recover() is given the failed rollouts alone
+
+
+def recover(policy: Policy, failed: list[dict], key: tuple, args: argparse.Namespace, verify) -> dict[str, dict]:
+    """{id: right trajectory} for those of the failed rollouts, one a prompt, that can be recovered."""
+    hinted = []
+    for r in failed:
+        p = PROBLEMS[r["id"]]
+        told = add_text(p["problem"], after=args.hint.replace("{answer}", r["answer"]))
+        hinted.append(p | {"problem": told, "problem_fields": p})  # the latter is what a verifier gets
+    hinted = rollout.add_prompts(policy, hinted, args)
+    groups = train_grpo.sample_groups(policy, hinted, (*key, "hint"), args, verify)
+    plain = {r["id"]: {k: r[k] for k in ("prompt_ids", "sample")} for r in failed}
+    return {r["id"]: r | plain[r["id"]] for group in groups for r in [r for r in group if r["reward"]][:1]}
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common.Parser(__doc__, prog="python -m baselines.train_hint", add_help=False)
+    parser.add_argument("--hint", default=HINT, help="follows the problem, with {answer}")
+    own, rest = parser.parse_known_args(argv)
+    return argparse.Namespace(**vars(train_grpo.get_args([*rest, "--revise"])) | vars(own))
+
+
+def main(args: argparse.Namespace) -> None:
+    PROBLEMS.update({p["id"]: p for p in rollout.read_problems(args.data, args)})
+    train_grpo.recover = recover
+    train_grpo.main(args)
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)

@@ -1,0 +1,273 @@
+"""Where does it pay to revise, and where to sample? Recovery and training against the base model's hit rate.
+
+    python -m experiments.frontier          both toy worlds, all rates, three base models: about 4 hours on two cores
+    --worlds toy --rates 0.003 0 --seeds 0  a part; --no-train: recovery alone; --quick: to see that it runs
+
+A base model of evidence.py is trained on for a while with texts in which a first pass almost always makes the
+world's mistake (0.95), and a share of the texts corrects itself unasked: RATES. So a hard prompt is hit at about that
+rate, and hardly by luck. The hit rate is measured on the problems that are then used, and the zero-hit ones are those
+without a hit in the first 32 samples. Every method continues the first failed rollout of each, or samples anew;
+"at 8" counts eight tries, "at equal tokens" as many as the tokens of LatentRevise with eight pay for, at most 48.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+from experiments import demo, evidence, show, style, tables
+from experiments.demo import LENGTH, PROBLEMS, share, wilson_interval
+from helpers import common
+
+RATES = {"toy": [0.003, 0.001, 0.0003, 0.0001, 0.0], "toy_words": [0.003, 0.0003]}  # self-correction, unasked
+SLIP = 0.95
+FULL = {"hard": 200, "measured": 256, "prompts": 100, "test": 60, "largest": 48, "steps": 16, "batch": 16, "adapt": 400}
+QUICK = {"hard": 12, "measured": 40, "prompts": 6, "test": 3, "largest": 4, "steps": 2, "batch": 2, "adapt": 4}
+HINT = "{template}{{answer}}}}. Check your work."  # in the world's words: what its base models understand
+
+# name -> flags of revise.py ({n}: continuations), or of another script
+EXPLORE, NOISE = "--alpha-guide 0 --gamma0 0.3", "--vertices random --gamma0"
+RECOVERY = {
+    "LatentRevise": "--continuations 8",
+    "LatentRevise, gamma0 0.3": "--continuations 8 --gamma0 0.3",
+    "explore-only, gamma0 0.3": EXPLORE + " --continuations {n}",
+    "noise, gamma0 0.1": NOISE + " 0.1 --continuations {n}",
+    "noise, gamma0 0.2": NOISE + " 0.2 --continuations {n}",
+    "noise, gamma0 0.3": NOISE + " 0.3 --continuations {n}",
+    "unmoved prefix": "--revision-steps 0 --continuations {n}",
+    "fresh samples": "rollout.py -n {n}",
+    "answer hint": "-m baselines.hint -n {n} --hint '{hint}'",
+    "perturbed prompt": "-m baselines.hint --from perturbed -n {n}"}
+LIKELY = evidence.LIKELY
+REVISE = "--revise --template '{template}' --revise-tokens 4096"
+TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py learns from
+    "GRPO N=8": "", "GRPO N=16": "--group-size 16", "DAPO": "--algo dapo",
+    "GRPO+LatentRevise": REVISE,
+    "GRPO+LatentRevise, likely only": f"{REVISE} {LIKELY}",
+    "GRPO+LatentRevise, LUFFY": f"{REVISE} --injected-ratio luffy",
+    "GRPO+explore-only": f"{REVISE} {EXPLORE}",
+    "GRPO+noise": f"{REVISE} {NOISE} 0.3",
+    "GRPO+hint": "-m baselines.train_hint --hint '{hint}'",
+    "RFT": "fresh-samples/rollouts.jsonl", "SFT+LatentRevise": "latentrevise/recovered.jsonl",
+    "SFT+explore-only": "explore-only--gamma0-0-3/recovered.jsonl",
+    "SFT+noise": "noise--gamma0-0-3/recovered.jsonl", "SFT+hint": "answer-hint/recovered.jsonl"}
+SHOWN = {"LatentRevise": "LatentRevise", "explore-only, gamma0 0.3": "explore-only", "noise, gamma0 0.3": "noise",
+         "fresh samples": "fresh samples", "answer hint": "answer hint"}  # in the figure
+
+
+# --- running the stages ----------------------------------------------------------------------------------------------
+def adapt(world, out: Path, starts: dict[int, str], rates: list[float], size: dict) -> dict[Path, tuple]:
+    """A base model of every seed and rate, and its rollouts on the hard problems. {folder: (rate, seed)}."""
+    bases = {out / f"rate{rate:g}-seed{seed}": (rate, seed) for rate in rates for seed in starts}
+    name = world.__name__
+    demo.run(out, *[f"-m {name} train --start {starts[seed]} --unasked {rate:g} --slip {SLIP} --steps {size['adapt']} "
+                    f"--lr 1e-3 --seed {1000 + seed} --prompts 0 --out {base}/model"
+                    for base, (rate, seed) in bases.items() if not (demo.ROOT / base / "model/run.json").exists()],
+             *[f"-m {name} data --out {out}/data{seed} --seed {seed}" for seed in starts])
+    for base, (_, seed) in bases.items():
+        demo.run(out, f"rollout.py --model {base}/model --data {out}/data{seed}/hard.jsonl --limit {size['hard']} "
+                      f"-n {size['measured']} --seed {seed} {PROBLEMS} --out {base}/measured", processes=2)
+        first = [r for r in common.read_jsonl(base / "measured/rollouts.jsonl") if r["sample"] < 32]
+        hit = {r["id"] for r in first if r["reward"]}
+        zero = list(dict.fromkeys(r["id"] for r in first if r["id"] not in hit))
+        chosen = {*zero[:size["prompts"]]}
+        (base / "rollouts").mkdir(exist_ok=True)
+        for file, rows in (("zero_hit", common.read_jsonl(out / f"data{seed}/hard.jsonl")), ("rollouts", first)):
+            lines = "".join(common.to_line(r) for r in rows if r["id"] in chosen)
+            common.write_atomic(base / f"rollouts/{file}.jsonl", lines)
+    return bases
+
+
+def filled(world, flags: str, size: dict) -> str:
+    hint = HINT.format(template=world.TEMPLATE)
+    return flags.replace("{template}", world.TEMPLATE).replace("{hint}", hint).replace("{n}", str(size["largest"]))
+
+
+def recover(world, out: Path, bases: dict, size: dict) -> None:
+    def command(base: Path, seed: int, name: str, flags: str) -> str:
+        flags, data = filled(world, flags, size), f"--data {base}/rollouts/zero_hit.jsonl {PROBLEMS}"
+        if flags.startswith("--"):
+            flags = (f"revise.py --rollouts {base}/rollouts {LENGTH} --revise-tokens 4096 --attempts 1 "
+                     f"--template '{world.TEMPLATE}' {flags}")
+            data = ""
+        return f"{flags} {data} --model {base}/model --seed {seed + 2000} --out {base}/revise/{tables.slug(name)}"
+
+    demo.run(out, *[command(base, seed, name, flags) for base, (_, seed) in bases.items()
+                    for name, flags in RECOVERY.items()])
+
+
+def train(world, out: Path, bases: dict, size: dict) -> None:
+    """Every arm from every base model on its zero-hit prompts, and pass@k of all on held-out hard problems."""
+    def command(base: Path, seed: int, arm: str, flags: str) -> str:
+        flags = filled(world, flags, size)
+        shared = (f"--model {base}/model --steps {size['steps']} --lr {evidence.LR} --train-tokens 8192 --seed {seed} "
+                  f"--out {base}/train/{tables.slug(arm)}")
+        if flags.endswith(".jsonl"):
+            right = any(r["reward"] for r in common.read_jsonl(base / "revise" / flags))
+            return f"train_sft.py {shared} --batch-size 64 --data {base}/revise/{flags}" if right else ""
+        script, flags = (flags, "") if flags.startswith("-m") else ("train_grpo.py", flags)
+        return (f"{script} {shared} {PROBLEMS} --batch-size {size['batch']} --samples 1 0 "
+                f"--data {base}/rollouts/zero_hit.jsonl {flags}")
+
+    runs = {base: {arm: command(base, seed, arm, flags) for arm, flags in TRAINING.items()}
+            for base, (_, seed) in bases.items()}
+    demo.run(out, *[c for arms in runs.values() for c in arms.values() if c])
+    for base, (_, seed) in bases.items():
+        models = " ".join(f"{base}/train/{tables.slug(arm)}/model" for arm, c in runs[base].items() if c)
+        demo.run(out, f"eval.py --model {base}/model {models} --data {out}/data{seed}/test_hard.jsonl "
+                      f"--limit {size['test']} -n 32 --k 1 32 --seed {seed} {PROBLEMS} --out {base}/eval", processes=2)
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
+def read(world, base: Path, name: str, budget: float | None = None) -> dict | None:
+    """One method on one base model: per number of tries (8, and as many as `budget` tokens a prompt pay for), counts of
+    prompts recovered and soundly; tokens; `moved` (share of a token's norm) and `kept`. None where it was not run."""
+    folder = base / "revise" / tables.slug(name)
+    if not (folder / "summary.json").exists():
+        return None
+    problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "rollouts/zero_hit.jsonl")}
+    length = {(r["id"], r["sample"]): len(r["response_ids"])
+              for r in common.read_jsonl(base / "rollouts/rollouts.jsonl")}
+    records = demo.first_attempts(folder)
+    fixed = tables.mean([tables.cost(r | {"failed_tokens": length.get((r["id"], r["sample"]), 0), "continuations": []})
+                         for r in records])
+    drawn = tables.mean([len(c["ids"]) for r in records for c in r["continuations"]])
+    most = max(len(r["continuations"]) for r in records)
+    equal = most if budget is None else max(0, min(most, round((budget - fixed) / drawn)))
+    found = {"n": len(records), "tokens": fixed + 8 * drawn, "tries": equal,
+             "kept": tables.mean([r["kept"] for r in records]), "sound_right": [0, 0]}
+    for label, tries in (("8", 8), ("equal", equal)):
+        right = [[c["response"] for c in r["continuations"][:tries] if c["reward"]] for r in records]
+        sound = [[world.is_sound(problems[r["id"]], text) for text in texts] for r, texts in zip(records, right)]
+        found[label] = (sum(map(bool, right)), sum(map(any, sound)))
+    found["sound_right"] = (sum(map(sum, sound)), sum(map(len, right)))
+    return found | {"moved": moved(base, records)}
+
+
+def moved(base: Path, records: list[dict]) -> float:
+    """Mean displacement of a prefix token, as a share of its own norm."""
+    from revise import replay
+    policy = common.load_model(argparse.Namespace(model=str(base / "model"), dtype="float32"), "cpu")
+    W = policy.model.get_input_embeddings().weight.detach()
+    return tables.mean([float(show.displacement(W, replay(W, r), r["prefix_ids"]).mean())
+                        for r in records if r["gammas"]])
+
+
+def hit_rate(base: Path) -> tuple[int, int]:
+    rows = common.read_jsonl(base / "measured/rollouts.jsonl")
+    return sum(r["reward"] for r in rows), len(rows)
+
+
+def add(found: list[dict]) -> dict:
+    """The same over several base models."""
+    pair = lambda key: tuple(map(sum, zip(*(f[key] for f in found))))
+    return {"n": sum(f["n"] for f in found), **{k: pair(k) for k in ("8", "equal", "sound_right")},
+            **{k: tables.mean([f[k] for f in found]) for k in ("tokens", "tries", "kept", "moved")}}
+
+
+def measure(world, bases: dict) -> list[dict]:
+    """For every rate: its measured hit rate, each method's counts over the base models, and pass@k of each arm."""
+    rows = []
+    for rate in dict.fromkeys(rate for rate, _ in bases.values()):
+        of = [base for base, (r, _) in bases.items() if r == rate]
+        budgets = {base: read(world, base, "LatentRevise")["tokens"] for base in of}
+        methods = {name: [read(world, base, name, budgets[base]) for base in of] for name in RECOVERY}
+        hits, samples = map(sum, zip(*map(hit_rate, of)))
+        arms = {}
+        for arm in ("base", *TRAINING):
+            folders = [base / "eval" / (results(base)[0] if arm == "base" else f"{tables.slug(arm)}-model")
+                       for base in of if (base / "eval/results.json").exists()]
+            values = [tables.pass_values(f / "test_hard") for f in folders if (f / "test_hard").exists()]
+            if values:
+                arms[arm] = {k: [v[k] for v in values] for k in (1, 32)}
+        rows.append({"rate": rate, "hits": hits, "samples": samples, "arms": arms,
+                     "methods": {name: add(found) for name, found in methods.items() if all(found)}})
+    return rows
+
+
+def results(base: Path) -> list[str]:
+    return [row["model"] for row in json.loads((base / "eval/results.json").read_text())]
+
+
+def as_text(title: str, rows: list[dict]) -> str:
+    text = []
+    for row in rows:
+        hits, samples = row["hits"], row["samples"]
+        rate, low, high = (100 * x for x in (hits / samples, *wilson_interval(hits, samples)))
+        text.append(f"#### {title}, self-correction in {100 * row['rate']:g} % of the texts: hit rate {rate:.3f} % "
+                    f"[{low:.3f}, {high:.3f}] ({hits} of {samples} samples)\n")
+        head = ["", "recovered at 8", "soundly", "tries at equal tokens", "recovered", "soundly",
+                "sound of the right", "tokens at 8", "moved", "kept"]
+        text.append(tables.table(head, [
+            [name, *(share(k, m["n"]) for k in m["8"]), f"{m['tries']:.0f}", *(share(k, m["n"]) for k in m["equal"]),
+             "{} of {}".format(*m["sound_right"]), f"{m['tokens']:.0f}", f"{m['moved']:.2f}" if m["moved"] else "-",
+             f"{m['kept']:.0%}"] for name, m in row["methods"].items()]))
+        if row["arms"]:
+            head = ["trained on the zero-hit prompts", "bases", "hard @1", "by base model", "hard @32"]
+            text.append(tables.table(head, [
+                [arm, len(v[1]), tables.percent(v[1]), " ".join(f"{100 * tables.mean(x):.1f}" for x in v[1]),
+                 tables.percent(v[32])] for arm, v in row["arms"].items()]))
+    return "\n".join(text)
+
+
+def figure(found: dict[str, list[dict]], out: Path) -> None:
+    """Soundly recovered at equal tokens, and pass@1 after training, against the measured hit rate."""
+    plt = style.load()
+    fig, axes = plt.subplots(1, 2 * len(found), figsize=(4.8 * len(found), 3.2), squeeze=False)
+    for k, (title, rows) in enumerate(found.items()):
+        x = [100 * max(r["hits"], 0.5) / r["samples"] for r in rows]
+        left, right = axes[0][2 * k:2 * k + 2]
+        for (name, label), colour, line in zip(SHOWN.items(), style.COLOURS, style.LINES):
+            at = [r["methods"][name] for r in rows]
+            left.plot(x, [100 * m["equal"][1] / m["n"] for m in at], "o", linestyle=line, color=colour, label=label)
+            band = [[100 * b for b in wilson_interval(m["equal"][1], m["n"])] for m in at]
+            left.fill_between(x, *zip(*band), color=colour, alpha=0.12, linewidth=0)
+        for arm, colour, line in zip(("GRPO N=8", "GRPO+LatentRevise", "GRPO+noise", "RFT", "GRPO+hint"), style.COLOURS,
+                                     style.LINES):
+            on = [(a, 100 * tables.mean([tables.mean(v) for v in r["arms"][arm][1]]))
+                  for a, r in zip(x, rows) if arm in r["arms"]]
+            if on:
+                right.plot(*zip(*on), "o", linestyle=line, color=colour, label=arm)
+        left.set(title=f"{title}\nrecovered with right reasoning, %", ylim=(0, None))
+        right.set(title="after training, pass@1 in %", ylim=(0, None))
+        for axis in (left, right):
+            axis.set(xscale="log", xlabel="hit rate of a sample, %")
+            axis.legend(fontsize=8)
+    style.save(fig, out / "frontier")
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = common.Parser(__doc__, prog="python -m experiments.frontier")
+    parser.add_argument("--worlds", nargs="+", default=list(RATES), choices=list(RATES), help="toy worlds")
+    parser.add_argument("--rates", nargs="+", type=float, help="of self-correction; those of RATES if not given")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="base models of evidence.py")
+    parser.add_argument("--no-train", action="store_true", help="recovery alone")
+    parser.add_argument("--quick", action="store_true", help="to see that it runs")
+    parser.add_argument("--tables", action="store_true", help="run no stage: count and draw what is complete")
+    parser.add_argument("--out", default="out/evidence/frontier", help="output folder")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    begun, size, found = time.time(), QUICK if args.quick else FULL, {}
+    for name in args.worlds:
+        world, out = evidence.WORLDS[name], Path(args.out) / name
+        rates = args.rates or RATES[name]
+        if args.tables:
+            bases = {out / f"rate{rate:g}-seed{seed}": (rate, seed) for rate in rates for seed in args.seeds}
+            bases = {b: of for b, of in bases.items() if (b / "revise/perturbed-prompt/summary.json").exists()}
+        else:
+            starts = evidence.base_models(world, Path(args.out).parent / name, args.seeds)
+            bases = adapt(world, out, starts, rates, size)
+            recover(world, out, bases, size)
+            if not args.no_train:
+                train(world, out, bases, size)
+        found[name] = measure(world, bases)
+    text = "\n".join(as_text(name, rows) for name, rows in found.items())
+    common.write_atomic(Path(args.out) / "frontier.md", text)
+    figure(found, Path(args.out))
+    print(f"{text}\n[{time.time() - begun:.0f} s] {args.out}/frontier.md")
+
+
+if __name__ == "__main__":
+    common.run_script(get_args, main)
