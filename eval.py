@@ -21,23 +21,18 @@ import numpy as np
 
 import rollout
 from helpers import common, sampling, verifying
-from helpers.common import UserError
+from helpers.common import POSITIVE, UserError
 
 BOOTSTRAP = 10_000  # resamples
 PAPER_AVERAGE = {"aime24", "aime25", "amc23", "math500"}  # of Tables 1 to 3
 # Flags that may differ when a folder is continued: each (model, set) pair has its own
 # record, which holds the digest of the set, so that the file can be moved
-PAIR_FREE = (*rollout.FREE, "k", "data")
-FREE = (*PAIR_FREE, "model")
+FREE = ("k", "data")
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of pass@k from c correct samples of n: 1 - C(n-c, k) / C(n, k)
-    (Chen et al. 2021, Eq. 1).
-
-    The chance that k samples drawn from the n without replacement hold a correct one.
-    Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
-    """
+    """Unbiased estimate of pass@k from c correct samples of n (Chen et al. 2021, Eq. 1): the chance
+    that k of the n, drawn without replacement, hold a correct one. Raises ValueError."""
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@{k} of {c} correct in {n}")
     return 1.0 - comb(n - c, k) / comb(n, k)  # denominator: all subsets of k; integers, so exact
@@ -54,15 +49,6 @@ def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float
     return float(low), float(high)
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): also at 0 and n, where the bootstrap has no width."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, successes / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
-
 def distinct_names(paths: list[str]) -> list[str]:
     """The last part of each path, or more of it where the last parts are not distinct."""
     # `.` and `..` have names too
@@ -76,9 +62,9 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 def score(problems: list[dict], found: dict, args: argparse.Namespace) -> dict:
     """pass@k with its interval for every k, lengths, and the share that was cut off."""
-    correct = rollout.hits_per_problem(problems, args.n, found)
-    values = {str(k): [pass_at_k(args.n, c, k) for c in correct] for k in args.k}
-    summary = rollout.summarise(problems, args.n, found)
+    hits = rollout.hits_per_problem(problems, args.n, found)
+    values = {str(k): [pass_at_k(args.n, c, k) for c in hits] for k in args.k}
+    summary = rollout.summarise(hits, args.n, found)
     return {"n": args.n, "problems": len(problems),
             "pass": {k: sum(v) / len(v) for k, v in values.items()},  # denominator: problems
             "interval": {k: bootstrap_interval(v, args.seed) for k, v in values.items()},
@@ -111,13 +97,11 @@ def table(results: list[dict], ks: list[int]) -> str:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     common.add_model_args(parser, several=True)
-    positive = common.checked(int, lambda n: n > 0)
-    parser.add_argument("--data", nargs="+", required=True, help="problem sets, JSONL")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=positive, default=32,
-                        help="[Table 1] samples per problem")
-    parser.add_argument("--k", type=positive, nargs="+", default=[1, 32],
-                        help="[Table 1] pass@k for these k")
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="problem sets, JSONL")
+    add("--out", required=True, help="output folder")
+    add("-n", "--n", type=POSITIVE, default=32, help="[Table 1] samples per problem")
+    add("--k", type=POSITIVE, nargs="+", default=[1, 32], help="[Table 1] pass@k for these k")
     sampling.add_sampling_args(parser, max_new_tokens=32000)
     rollout.add_problem_args(parser)
     verifying.add_verifier_args(parser)
@@ -131,18 +115,19 @@ def main(args: argparse.Namespace) -> list[dict]:
     sets = {name: (rollout.read_problems(path, args), common.file_digest(path))
             for name, path in zip(distinct_names(args.data), args.data)}
     device = common.pick_device(args)
-    verifying.from_args(args)  # a wrong one is noticed before anything is written
-    out = common.start_run(args.out, args, FREE)
+    verify = verifying.from_args(args)  # a wrong one is noticed before anything is written
+    out = common.start_run(args.out, args, (*FREE, "model"))
 
     results, policy = [], None
     for model, path in models.items():
         one = argparse.Namespace(**vars(args) | {"model": path})  # as the record of a pair has it
         policy = None  # the one before goes first, so that two are never in memory
         for data, (problems, digest) in sets.items():
-            folder = common.start_run(out / model / data, one, PAIR_FREE, data_digest=digest)
+            folder = common.start_run(out / model / data, one, FREE, data_digest=digest)
             if policy is None and not (folder / "rollouts.jsonl").exists():
                 policy = common.load_model(one, device)
-            found = rollout.run_rollouts(policy, problems, args.n, folder, args, f"{model} {data}")
+            label = f"{model} {data}"
+            found = rollout.run_rollouts(policy, problems, verify, folder, args, label)
             results.append({"model": model, "data": data} | score(problems, found, args))
 
     if common.rank() == 0:

@@ -20,15 +20,10 @@ Writes  revised.jsonl, one record per failed rollout tried: `id`, `sample`, `ans
         `projected_ids`, `continuations` (`logprob`: see --min-logprob), `curve`;
         recovered.jsonl, a hard trajectory per right continuation, in the fields of rollouts.jsonl.
 
-Controls: --revision-steps 0 continues the unrevised prefix, --vertices random moves it by noise,
---gold permuted steers toward another prompt's answer.
-
 Differs from the paper: nothing in the losses, the step and the projection. What the paper leaves
-open: the cut is floor(rho * tokens) with end-of-sequence counted in c; vertices and projections are
-ids that the tokenizer can decode, control tokens among them (--vertex-rows text: none); a prefix
-that did not move is its own projection, and one that holds an end-of-sequence is no trajectory;
-eight continuations per prefix; all failed rollouts of a prompt are tried in turn until one is
-recovered.
+open, beside the flags: the cut is floor(rho * tokens) with end-of-sequence counted in c; a prefix
+that did not move is its own projection, and one that holds an end-of-sequence is no trajectory; all
+failed rollouts of a prompt are tried in turn until one is recovered.
 """
 import argparse
 import contextlib
@@ -46,7 +41,7 @@ from transformers import AttentionInterface
 
 import rollout
 from helpers import common, sampling, training, verifying
-from helpers.common import Policy, UserError, checked
+from helpers.common import COUNT, POSITIVE, Policy, UserError, checked
 from helpers.sampling import row_key
 
 # Dimension key: B rollouts, Q prompt, R prefix, C continuation, A branch (template, gold answer),
@@ -74,9 +69,7 @@ class Failure(NamedTuple):
 # --- the three losses and their gradient ----------------------------------------------------------
 def token_losses(ce: Tensor, term: Tensor) -> Tensor:
     """What each scored token adds to its loss, Eqs. (2)-(4), (M,), from its cross-entropy -log p.
-
-    All three losses are minimised. term (M,): EXPLORE, GUIDE or NLL.
-    """
+    All three losses are minimised. term (M,): EXPLORE, GUIDE or NLL."""
     losses, c = ce.clone(), term == EXPLORE
     losses[c] = -ce[c]  # Eq. (2): +log p of the failed continuation
     return losses
@@ -135,11 +128,10 @@ def pack(batch: list[Failure], weights: tuple[float, float, float], mean: bool,
 
 def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
                      scaling: float | None = None, **_) -> tuple[Tensor, None]:
-    """Attention over [trunk; branch] as `pack` draws it.
+    """Attention over [trunk; branch] as `pack` draws it, (B, S, heads, head_dim).
 
     query (B, heads, S, head_dim), key and value (B, kv_heads, S, head_dim), attention_mask
-    (B, 1, A, S) bool, rows of the branch only: no S x S mask ever exists. Returns
-    (B, S, heads, head_dim).
+    (B, 1, A, S) bool, rows of the branch only: no S x S mask ever exists.
     """
     B, heads, S, width = query.shape
     T, groups = S - attention_mask.shape[2], heads // key.shape[1]
@@ -208,16 +200,15 @@ def losses_and_gradient(model, p: Packed, E: Tensor,
 # --- Frank-Wolfe ----------------------------------------------------------------------------------
 def best_rows(X: Tensor, W: Tensor, allowed: Tensor, metric: str = "inner",
               chunk: int = ORACLE_ROWS) -> Tensor:
-    """For every row of X (N, D) the id in `allowed` whose row of W (V, D) scores highest: ids (N,).
+    """For every row of X (N, D) the id in `allowed` whose row of W (V, D) scores highest, the first
+    of equal ones: ids (N,).
 
     metric: inner <x, v>, cosine <x, v>/|v|, or l2 -|x - v|^2. Scores are float32 (bfloat16 scores
-    change vertices) and exist for `chunk` vocabulary rows at a time. Ties go to the id that comes
-    first.
+    change vertices) and exist for `chunk` vocabulary rows at a time.
     """
     X, best = X.float(), torch.full((len(X),), -torch.inf, device=X.device)
     ids = torch.zeros(len(X), dtype=torch.long, device=X.device)
-    # Indexing by a list of ids copies every row; most tokenizers allow ids without a gap, which a
-    # slice views
+    # A slice copies no row, as a list of ids does; most tokenizers allow ids without a gap
     gapless = len(allowed) > 0 and int(allowed[-1] - allowed[0]) == len(allowed) - 1
     for s in range(0, len(allowed), chunk):
         some = allowed[s:s + chunk]
@@ -352,15 +343,21 @@ def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[i
 
 
 def cut(response_ids: list[int], rho: float) -> int:
-    """|r| = floor(rho * tokens), end-of-sequence included in the count.
-    0 means that the rollout is too short to cut."""
+    """|r| = floor(rho * tokens), end-of-sequence included; 0: the rollout is too short to cut."""
     n = math.floor(rho * len(response_ids) + 1e-9)  # 0.29 * 100 is 28.999999999999996
     return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
 
 
-def room(policy: Policy, prompt: int, prefix: int, args: argparse.Namespace) -> int:
-    """Tokens that are left after a prompt and a prefix of so many."""
-    return int(min(args.max_new_tokens, policy.context - prompt)) - prefix
+def failure_of(policy: Policy, failed: dict, args: argparse.Namespace) -> Failure:
+    """A failed rollout of rollout.py, cut and with what it is steered toward."""
+    ids, n = failed["response_ids"], cut(failed["response_ids"], args.rho)
+    return Failure(failed["id"], failed["sample"], failed["prompt_ids"], ids[:n], ids[n:],
+                   *answer_ids(policy.tokenizer, args.template, guide_of(failed)))
+
+
+def room(policy: Policy, f: Failure, args: argparse.Namespace) -> int:
+    """Tokens that are left for a continuation."""
+    return int(min(args.max_new_tokens, policy.context - len(f.q))) - len(f.r)
 
 
 @functools.lru_cache(maxsize=2)
@@ -383,66 +380,61 @@ def decode_from(policy: Policy, batch: list[Failure], E: Tensor, args: argparse.
                for f, e in zip(batch, E.split([len(f.r) for f in batch]))]
     keys = [[row_key(seed, f.id, f.sample, "revised", m) for m in range(args.continuations)]
             for f in batch]
-    limits = [room(policy, len(f.q), len(f.r), args) for f in batch]
+    limits = [room(policy, f, args) for f in batch]
     return sampling.sample(policy, prompts, keys, limits, **sampling.settings(args))
 
 
-def verdicts(policy: Policy, responses: list[list[int]], failed: dict, verify) -> list[int]:
-    """1 for every response (token ids) that is right for the problem of `failed`, else 0."""
-    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    return [int(v.result()) for v in [rollout.submit(verify, text, failed) for text in texts]]
+def texts(policy: Policy, prefix: list[int], drawn: list[sampling.Row]) -> list[str]:
+    """The responses that begin with a prefix."""
+    return [policy.tokenizer.decode(prefix + row.ids, skip_special_tokens=True) for row in drawn]
+
+
+def verdicts(responses: list[str], failed: dict, verify) -> list[int]:
+    """1 for every response that is right for the problem of `failed`, else 0."""
+    problem = failed.get("problem_fields", failed)
+    asked = [verify.submit(text, failed["answer"], problem) for text in responses]
+    return [int(verdict.result()) for verdict in asked]
 
 
 def judge(policy: Policy, failed: dict, f: Failure, projected: list[int], drawn: list[sampling.Row],
-          verify, min_logprob: float | None) -> list[dict]:
+          verify, args: argparse.Namespace) -> list[dict]:
     """Sec. 3.5 verifies twice: a continuation after the soft prefix, whose text is that of r
-    (`soft_reward`), and the hard trajectory [r^; c^] (`reward`, which needs both).
-
-    min_logprob: right trajectories whose continuation has a lower mean log-probability (nats) after
-    the projected prefix lose their reward; what only the soft prefix led to is unlikely there.
-    """
+    (`soft_reward`), and the hard trajectory [r^; c^] (`reward`, which needs both). --min-logprob is
+    of the continuation after the projected prefix: what only the soft one led to is unlikely."""
     ends = bool({*projected} & {*policy.eos})  # the policy would have ended there
-    soft = verdicts(policy, [f.r + row.ids for row in drawn], failed, verify)
-    hard = iter(verdicts(policy, [projected + row.ids for row, right in zip(drawn, soft) if right],
-                         failed, verify))
-    guided = []
+    soft = verdicts(texts(policy, f.r, drawn), failed, verify)
+    responses = texts(policy, projected, drawn)
+    hard = iter(verdicts([t for t, right in zip(responses, soft) if right], failed, verify))
     if "guide_answer" in failed:  # --gold permuted
-        other = failed | {"answer": failed["guide_answer"]}
-        guided = verdicts(policy, [projected + row.ids for row in drawn], other, verify)
+        guided = verdicts(responses, failed | {"answer": failed["guide_answer"]}, verify)
     continuations = []
     for m, (row, right) in enumerate(zip(drawn, soft)):
-        text = policy.tokenizer.decode(projected + row.ids, skip_special_tokens=True)
-        c = {"ids": row.ids, "finish": row.finish, "response": text,
+        c = {"ids": row.ids, "finish": row.finish, "response": responses[m],
              "soft_reward": right, "reward": int(right and next(hard) and not ends)}
-        if guided:
+        if "guide_answer" in failed:
             c["guide_reward"] = guided[m]
-        if c["reward"] and min_logprob is not None:
+        if c["reward"] and args.min_logprob is not None:
             rows = [{"prompt_ids": f.q + projected, "response_ids": row.ids}]
             with torch.no_grad():
                 logp = training.response_logprobs(policy.model, rows, entropy=False)[0]
             c["logprob"] = float(logp.mean())  # denominator: tokens of the continuation
-            c["reward"] = int(c["logprob"] >= min_logprob)
+            c["reward"] = int(c["logprob"] >= args.min_logprob)
         continuations.append(c)
     return continuations
 
 
 def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace, verify,
                  seed: int | None = None) -> list[dict]:
-    """Algorithm 1, decoding, projection and verification of failed rollouts of rollout.py.
+    """Algorithm 1, decoding, projection and verification of failed rollouts of rollout.py: a record
+    each, in order; in float32 nothing in it depends on the batch, up to rounding.
 
     A rollout may carry `guide_answer`, the answer to steer toward when it is not the gold one.
-    seed: of all random numbers, args.seed if not given. Returns a record per rollout, in order; in
-    float32 nothing in it depends on the batch, up to rounding (see helpers/sampling.py).
+    seed: of all random numbers, args.seed if not given.
     """
     seed = args.seed if seed is None else seed
     W = policy.model.get_input_embeddings().weight.detach()
     allowed = allowed_rows(policy.tokenizer, policy.vocab, len(W), args.vertex_rows).to(W.device)
-    batch = []
-    for failed in rollouts:
-        ids, n = failed["response_ids"], cut(failed["response_ids"], args.rho)
-        template, gold = answer_ids(policy.tokenizer, args.template, guide_of(failed))
-        batch.append(Failure(failed["id"], failed["sample"], failed["prompt_ids"], ids[:n], ids[n:],
-                             template, gold))
+    batch = [failure_of(policy, failed, args) for failed in rollouts]
 
     # With --record-every also after fewer steps, for the curves of Fig. 3
     last, every = args.revision_steps, args.record_every
@@ -456,9 +448,8 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
         failed, f, steps = rollouts[b], batch[b], history[b]
         # A prefix that did not move is its own tokens
         projected = ids.tolist() if steps["gaps"] or steps["gammas"] else f.r
-        continuations = judge(policy, failed, f, projected, drawn[last][b], verify,
-                              args.min_logprob)
-        curve = {i: verdicts(policy, [f.r + row.ids for row in rows[b]], failed, verify)
+        continuations = judge(policy, failed, f, projected, drawn[last][b], verify, args)
+        curve = {i: verdicts(texts(policy, f.r, rows[b]), failed, verify)
                  for i, rows in drawn.items() if i != last}
         curve[last] = [c["soft_reward"] for c in continuations]
         records.append({
@@ -488,7 +479,7 @@ def trajectories(record: dict) -> list[dict]:
 # --- the work: failed rollouts of zero-hit prompts ------------------------------------------------
 class Attempt(NamedTuple):
     """What is kept of a rollout while its file, which may be larger than memory, is read."""
-    sample: int
+    key: tuple[str, int]  # id and sample
     reward: int
     guide: str  # y_GT
     prefix: int  # tokens of r
@@ -502,19 +493,20 @@ def read_failures(file: Path, rho: float) -> tuple[dict[str, list[common.Place]]
         sample, reward = record["sample"], record["reward"]
         if type(sample) is not int or reward not in (0, 1):
             raise ValueError("sample is not a number, or reward not 0 or 1")
-        return Attempt(sample, reward, guide_of(record), cut(record["response_ids"], rho),
+        return Attempt((record["id"], sample), reward, guide_of(record),
+                       cut(record["response_ids"], rho),
                        len(record["prompt_ids"]) + len(record["response_ids"]))
 
     found = common.scan([file], keep)
     if not found:
         raise UserError(f"--rollouts {file}: holds no rollouts")
     hit = {i for (i, _), place in found.items() if place.kept.reward}
-    failures, skipped = {i: [] for i, _ in found if i not in hit}, 0
-    for (i, _), place in sorted(found.items(), key=lambda entry: entry[1].kept.sample):
-        if i not in hit:
-            skipped += place.kept.prefix < 1
-            failures[i] += [place] if place.kept.prefix else []
-    return {i: places for i, places in failures.items() if places}, skipped
+    failures, skipped = {}, 0
+    for (i, _), place in found.items():
+        if i not in hit and place.kept.prefix:
+            failures.setdefault(i, []).append(place)
+        skipped += i not in hit and not place.kept.prefix
+    return {i: sorted(places, key=lambda x: x.kept.key) for i, places in failures.items()}, skipped
 
 
 def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
@@ -529,8 +521,8 @@ def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
 
 
 def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify) -> None:
-    """Raises UserError for a rollout of another tokenizer, or one that leaves no token for a
-    continuation, or one that lacks what the verifier or --gold asks for."""
+    """Raises UserError for a rollout of another tokenizer, one without a guide's tokens or room for
+    a continuation, and one that lacks what the verifier or --gold asks for."""
     where = f"sample {failed['sample']} of {failed['id']!r}"
     if verify.takes_problem and "problem_fields" not in failed:
         raise UserError(f"--rollouts: {where}: --verifier {args.verifier} asks for the problem, "
@@ -538,10 +530,10 @@ def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify
     if args.gold == "permuted" and "guide" in failed:
         raise UserError(f"--gold permuted: {where} has a guide, which is not another's answer")
     rollout.check_ids(failed, policy.vocab, f"--rollouts: {where}")
-    prompt, prefix = len(failed["prompt_ids"]), cut(failed["response_ids"], args.rho)
-    most = prompt + prefix + room(policy, prompt, prefix, args)
-    if most <= prompt + prefix:
-        raise UserError(f"--rollouts: {where}: its prefix has {prefix} tokens, which leaves no "
+    f = failure_of(policy, failed, args)
+    most = len(f.q) + len(f.r) + room(policy, f, args)
+    if room(policy, f, args) < 1:
+        raise UserError(f"--rollouts: {where}: its prefix has {len(f.r)} tokens, which leaves no "
                         f"room for a continuation within --max-new-tokens {args.max_new_tokens} "
                         f"and the context of --model, {policy.context} tokens")
     if 0 < args.decode_tokens < most:
@@ -549,16 +541,14 @@ def check_rollout(policy: Policy, failed: dict, args: argparse.Namespace, verify
                         f"continuation take {most}")
 
 
-def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], guide: dict[str, str],
+def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], load,
                    args: argparse.Namespace, verify) -> list[dict]:
-    """Records of the failed rollouts of some prompts, each prompt's in turn until one is recovered.
-    guide: answers to steer toward, by id, if not the gold ones."""
+    """Records of the failed rollouts of some prompts, each prompt's in turn until one is
+    recovered."""
     records, unsolved = [], prompts
     for attempt in range(max(map(len, prompts))):
         unsolved = [places for places in unsolved if attempt < len(places)]
-        rows = [common.read_at(*places[attempt][:3]) for places in unsolved]
-        if guide:
-            rows = [row | {"guide_answer": guide[row["id"]]} for row in rows]
+        rows = [load(places[attempt]) for places in unsolved]
         new = revise_batch(policy, rows, args, verify) if rows else []
         records += new
         unsolved = [places for places, record in zip(unsolved, new) if not record["recovered"]]
@@ -567,12 +557,11 @@ def revise_in_turn(policy: Policy, prompts: list[list[common.Place]], guide: dic
 
 def add_revision_args(parser: argparse.ArgumentParser) -> None:
     """Flags of the method, shared with train_grpo.py --revise."""
-    count, positive = checked(int, lambda n: n >= 0), checked(int, lambda n: n > 0)
     finite, share = checked(float, math.isfinite), checked(float, lambda x: 0 < x < 1)
     group = parser.add_argument_group("the revision")
     add = group.add_argument
     add("--rho", type=share, default=0.8, help="[Table 7] share of the failed rollout to revise")
-    add("--revision-steps", type=count, default=10,
+    add("--revision-steps", type=COUNT, default=10,
         help="[Table 7] K, Frank-Wolfe steps; 0 is a control, the prefix as it is")
     add("--gamma0", type=checked(float, lambda x: 0 < x <= 1), default=0.1,
         help="[Table 7] scale of the step sizes gamma0 * 2/(i+1)")
@@ -581,7 +570,7 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--explore-weight", type=finite, default=1.0, help="[Eq. 5] weight of L_explore")
     add("--eps-stop", type=finite, default=1e-3, help="[Table 7] stop when L_guide is below")
     add("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the words before the gold answer")
-    add("--continuations", type=positive, default=8, help="[Fig. 3] per revised prefix")
+    add("--continuations", type=POSITIVE, default=8, help="[Fig. 3] per revised prefix")
     add("--projection", default="inner", choices=["inner", "cosine", "l2"],
         help="[Eq. 8] inner product")
     add("--reduction", default="sum", choices=["sum", "mean"],
@@ -593,8 +582,8 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--min-logprob", type=finite,
         help="least mean log-probability (nats a token) of a right continuation after the "
              "projected prefix; not given: any, as in the paper")
-    add("--record-every", type=count, default=0, help="[Fig. 3] decode after every so many steps")
-    add("--revise-tokens", type=positive, default=16384,
+    add("--record-every", type=COUNT, default=0, help="[Fig. 3] decode after every so many steps")
+    add("--revise-tokens", type=POSITIVE, default=16384,
         help="padded tokens of rollouts revised together: the memory flag of the revision")
     add = group.add_mutually_exclusive_group().add_argument
     add("--vertices", default="oracle", choices=["oracle", "random"], help="random is a control")
@@ -608,7 +597,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rollouts", required=True, help="output folder of rollout.py, or its rollouts.jsonl")
     add("--out", required=True, help="output folder")
-    add("--attempts", type=checked(int, lambda n: n >= 0), default=0,
+    add("--attempts", type=COUNT, default=0,
         help="failed rollouts tried per prompt until one is recovered; 0 for all")
     add("--gold", default="true", choices=["true", "permuted"],
         help="permuted is a control: steer toward another prompt's answer")
@@ -620,37 +609,34 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# These change a result by float32 rounding alone
-FREE = (*rollout.FREE, "revise_tokens", "checkpoint_activations")
-
-
 def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str],
         device: torch.device, args: argparse.Namespace) -> None:
     """Revise all prompts into OUT/revised.jsonl, a batch at a time. Safe to kill at any moment:
-    what is left of a batch is revised with the rest of it, so that the records are the same."""
+    what is left of a batch is revised with the rest of it, so that the records are the same.
+    guide: answers to steer toward, by id, if not the gold ones."""
     policy = common.load_model(args, device)
     verify = verifying.from_args(args)
     part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
 
-    def finished(i: str) -> bool:
-        tried = [done.get((i, place.kept.sample)) for place in failures[i]]
+    def finished(places: list[common.Place]) -> bool:
+        tried = [done.get(place.kept.key) for place in places]
         return all(tried) or any(t and t.kept for t in tried)
 
-    names = list(failures)
-    longest = [max(place.kept.tokens for place in failures[i]) for i in names]
-    batches = [[names[k] for k in batch]
-               for batch in common.batches_by_length(longest, args.revise_tokens)]
+    def load(place: common.Place) -> dict:
+        failed = place.read()
+        return failed | {"guide_answer": guide[failed["id"]]} if guide else failed
+
+    longest = lambda places: max(place.kept.tokens for place in places)
+    batches = common.batches_by_length(list(failures.values()), longest, args.revise_tokens)
     mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
-    for i in (i for batch in mine for i in batch):  # before any work, not in the middle of it
-        for place in failures[i]:
-            check_rollout(policy, common.read_at(*place[:3]), args, verify)
-            answer_ids(policy.tokenizer, args.template, guide.get(i, place.kept.guide))
+    for place in (place for batch in mine for places in batch for place in places):
+        check_rollout(policy, load(place), args, verify)  # before any work, not in its middle
 
     recovered = seen = 0
     with tqdm(total=sum(map(len, mine)), desc="revise", unit="prompt",
               disable=common.rank() > 0) as bar:
         for batch in mine:
-            records = revise_in_turn(policy, [failures[i] for i in batch], guide, args, verify)
+            records = revise_in_turn(policy, batch, load, args, verify)
             common.append_jsonl(part, [r for r in records if (r["id"], r["sample"]) not in done])
             recovered += sum(r["recovered"] for r in records)
             seen += len(batch)
@@ -669,7 +655,7 @@ def main(args: argparse.Namespace) -> None:
     answers = {i: places[0].kept.guide for i, places in failures.items()}
     guide = permuted_answers(answers, args.seed) if args.gold == "permuted" else {}
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=digest)
+    out = common.start_run(args.out, args, data_digest=digest)
 
     # === revise ===
     final = out / "revised.jsonl"
@@ -681,7 +667,7 @@ def main(args: argparse.Namespace) -> None:
     if common.rank() == 0:
         records = common.scan([final], trajectories)
         recovered = [t for place in records.values() for t in place.kept]
-        common.write_atomic(out / "recovered.jsonl", "".join(map(common.to_line, recovered)))
+        common.write_atomic(out / "recovered.jsonl", map(common.to_line, recovered))
         prompts = len({t["id"] for t in recovered})
         summary = {"zero_hit": len(failures), "tried": len(records), "skipped_too_short": skipped,
                    "recovered_prompts": prompts, "recovered_trajectories": len(recovered)}

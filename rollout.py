@@ -13,16 +13,14 @@ Writes  rollouts.jsonl: `id`, `sample`, `prompt_ids`, `response_ids`, `response`
         zero_hit.jsonl: the problems none of whose N responses passed, with all their fields;
         summary.json: the pass-rate histogram.
 
-How a response is drawn, and why its text depends on (seed, problem id, sample number) alone, up to
-float32 rounding: helpers/sampling.py. Processes claim problems from one list as their batches have
-room, so none waits for another, and append what is finished to a part file each; killed at any
-moment, the same command samples what is missing, and the files are the same but for such rounding:
-about two tokens in ten million.
+A response depends on (seed, problem id, sample number) alone, up to float32 rounding, about two
+tokens in ten million (helpers/sampling.py). Processes claim problems from one list as their batches
+have room, so none waits for another, and append what is finished to a part file each; killed at any
+moment, the same command samples what is missing.
 
-Memory  --decode-tokens: the KV cache never holds more, so long responses are decoded in smaller
-        batches (29 KB a token for Qwen2.5-1.5B in bfloat16, 147 KB for Qwen3-8B; and the weights).
-        A pass over new prompts adds 8,192 tokens at most. --decode-rows: the most sequences decoded
-        together, which bounds the logits, size x vocabulary.
+Memory  --decode-tokens: the KV cache never holds more (29 KB a token for Qwen2.5-1.5B in bfloat16,
+        147 KB for Qwen3-8B), so long responses are decoded in smaller batches; a pass over new
+        prompts adds 8,192 tokens at most. --decode-rows bounds the logits, rows x vocabulary.
 
 Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is
 replaced); sampling settings are these flags alone, never those of a checkpoint's generation_config.
@@ -41,27 +39,22 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from helpers import common, sampling, verifying
-from helpers.common import UserError
+from helpers.common import POSITIVE, Policy, UserError
+from helpers.verifying import Verifier
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-HINT = ("The correct answer is {answer}. Knowing it, solve the problem in your own way, "
-        "step by step.")
 PLAIN = "Question: {problem}\n{instruction}\nAnswer:"
 DAPO = re.compile(
     r"\ASolve the following math problem step by step\. The last line of your response should be "
     r"of the form Answer:.*?\n\n(.*?)\n\nRemember to put your answer on its own line after "
     r"\"Answer:\"\.?\s*\Z", re.DOTALL)
-# What a program adds to a problem: a file's fields of these names are left out
-ADDED = ("prompt_ids", "response_limit", "teacher_ids", "problem_fields", "guide_answer")
 
 
 # --- problems and prompts -------------------------------------------------------------------------
-def read_problems(path: str, args: argparse.Namespace, limit: int | None = None) -> list[dict]:
-    """The records of a file, with `id`, `problem` and `answer` for the fields that the flags name.
-
-    limit: the first so many, 0 for all, in place of --limit. Raises UserError naming path and
-    record for what is missing, of the wrong type, empty or twice there.
-    """
+def read_problems(path: str, args: argparse.Namespace) -> list[dict]:
+    """The records of a file, with `id`, `problem` and `answer` for the fields that --fields names.
+    Raises UserError naming path and record for what is missing, of the wrong type, empty or twice
+    there."""
     problems, seen, (key, problem, answer) = [], {}, args.fields
     for number, record in enumerate(common.read_jsonl(path, (problem, answer)), 1):
         where = f"{path}: record {number}"
@@ -76,11 +69,11 @@ def read_problems(path: str, args: argparse.Namespace, limit: int | None = None)
             raise UserError(f"{where}: {key} {p['id']!r} was used by record "
                             f"{seen[p['id']]} already")
         seen[p["id"]] = number
-        others = record.keys() - {*p, *args.fields, *ADDED}
+        others = record.keys() - {*p, *args.fields, "problem_fields"}  # which add_prompts sets
         problems.append(p | {k: v for k, v in record.items() if k in others})
     if not problems:
         raise UserError(f"{path}: holds no problems")
-    return problems[:(args.limit if limit is None else limit) or None]
+    return problems[:args.limit or None]
 
 
 def clean_problem(problem: object, where: str) -> str | list[dict]:
@@ -97,8 +90,8 @@ def clean_problem(problem: object, where: str) -> str | list[dict]:
 
 
 def clean_answer(answer: object, where: str, args: argparse.Namespace) -> object:
-    """Text; a number as text; any other JSON value as it is, unless verifier.py is to judge it,
-    which takes no other. Raises UserError."""
+    """Text; a number as text; any other JSON value as it is, if it is not for verifier.py. Raises
+    UserError."""
     if isinstance(answer, float) and not math.isfinite(answer):
         answer = None  # JSON has no such number
     if isinstance(answer, int | float) and not isinstance(answer, bool):
@@ -110,8 +103,7 @@ def clean_answer(answer: object, where: str, args: argparse.Namespace) -> object
 
 
 def check_ids(record: dict, vocab: int, where: str) -> None:
-    """Raises UserError unless prompt_ids and response_ids are lists of token ids below vocab,
-    neither empty."""
+    """Raises UserError unless prompt_ids and response_ids are lists of token ids below vocab."""
     for field in ("prompt_ids", "response_ids"):
         ids = record[field]
         if not (isinstance(ids, list) and ids
@@ -122,7 +114,7 @@ def check_ids(record: dict, vocab: int, where: str) -> None:
 
 def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -> list[int]:
     """Token ids of a prompt: the tokenizer's chat template, or a plain one for models without
-    (--prompt-format). Chat messages are used as they are; a string gets the instruction after it.
+    (--prompt-format). A string gets the instruction after it; chat messages are used as they are.
     """
     style = args.prompt_format
     if style == "auto":
@@ -137,7 +129,8 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
             text = PLAIN.format(problem=problem, instruction=args.instruction)
             return tokenizer(text)["input_ids"]
         if isinstance(problem, str):
-            problem = [{"role": "user", "content": add_text(problem, after=args.instruction)}]
+            text = "\n".join(filter(None, (problem, args.instruction)))
+            problem = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(problem, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except (TemplateError, TypeError) as e:  # a role the template refuses; text that is not Unicode
@@ -145,51 +138,28 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
                         f"({e})") from None
 
 
-def add_text(problem: str | list[dict], before: str = "", after: str = "") -> str | list[dict]:
-    """A problem with lines before and after its text; of chat messages the last is meant."""
-    if isinstance(problem, str):
-        return "\n".join(filter(None, (before, problem, after)))
-    last = problem[-1]
-    return [*problem[:-1], last | {"content": add_text(last["content"], before, after)}]
-
-
-def add_prompts(policy: common.Policy, problems: list[dict], args: argparse.Namespace) -> None:
-    """Give each problem its `prompt_ids` and `response_limit`: --max-new-tokens, or fewer where the
-    context leaves fewer."""
+def add_prompts(policy: Policy, problems: list[dict], args: argparse.Namespace) -> list[dict]:
+    """The problems with `prompt_ids`, `response_limit` (--max-new-tokens, or fewer where the
+    context leaves fewer), and `problem_fields`, the problem as it was, for the verifier."""
+    found = []
     for p in problems:
-        p["prompt_ids"] = prompt_ids(policy.tokenizer, p["problem"], args)
-        length = len(p["prompt_ids"])
-        if not 0 < length < policy.context:
-            raise UserError(f"problem {p['id']!r} is {length} tokens long, and the context of "
+        ids = prompt_ids(policy.tokenizer, p["problem"], args)
+        if not 0 < len(ids) < policy.context:
+            raise UserError(f"problem {p['id']!r} is {len(ids)} tokens long, and the context of "
                             f"--model holds {policy.context}")
-        p["response_limit"] = int(min(args.max_new_tokens, policy.context - length))
-        if 0 < args.decode_tokens < length + p["response_limit"]:
+        limit = int(min(args.max_new_tokens, policy.context - len(ids)))
+        if 0 < args.decode_tokens < len(ids) + limit:
             raise UserError(f"--decode-tokens {args.decode_tokens}: problem {p['id']!r} and its "
-                            f"longest response take {length + p['response_limit']}")
-
-
-# --- verification ---------------------------------------------------------------------------------
-def as_read(problem: dict) -> dict:
-    """A problem of read_problems, or that of a rollout record, with no more than its file says."""
-    return problem.get("problem_fields") or {k: problem[k] for k in problem if k not in ADDED}
-
-
-def submit(verify, text: str, problem: dict) -> Future:
-    """The verdict to come on a response to a problem of read_problems, or to that of a rollout
-    record. verify: verifying.Verifier, or a function of response and answer."""
-    if isinstance(verify, verifying.Verifier):
-        return verify.submit(text, problem["answer"], as_read(problem))
-    verdict = Future()
-    verdict.set_result(bool(verify(text, problem["answer"])))
-    return verdict
+                            f"longest response take {len(ids) + limit}")
+        found.append({"problem_fields": p} | p | {"prompt_ids": ids, "response_limit": limit})
+    return found
 
 
 # --- rollouts of a problem set --------------------------------------------------------------------
-def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], verify, args,
+def sample_records(policy: Policy, rows: Iterable[tuple[dict, int]], verify: Verifier, args,
                    seed_parts: tuple, slots: int) -> Iterator[list[dict]]:
     """Rollout records of (problem, sample number) pairs, in lists of those that finish together;
-    row keys are (*seed_parts, id, sample). Pairs are taken as slots become free; those of one
-    problem should follow each other."""
+    row keys are (*seed_parts, id, sample). Pairs of one problem should follow each other."""
     def queue() -> Iterator[sampling.Row]:
         problem = None
         for p, number in rows:
@@ -200,9 +170,10 @@ def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], veri
 
     waiting = []  # for the verifier, which may work while the next tokens are drawn
     for finished in sampling.decode(policy, queue(), **sampling.settings(args) | {"slots": slots}):
-        texts = [policy.tokenizer.decode(row.ids, skip_special_tokens=True) for row in finished]
-        waiting += [(row, text, submit(verify, text, row.tag[0]))
-                    for row, text in zip(finished, texts)]
+        for row in finished:
+            text, (p, _) = policy.tokenizer.decode(row.ids, skip_special_tokens=True), row.tag
+            verdict = verify.submit(text, p["answer"], p["problem_fields"])
+            waiting.append((row, text, verdict))
         done = [verdict.done() for _, _, verdict in waiting]
         judged = [x for x, d in zip(waiting, done) if d]
         waiting = [x for x, d in zip(waiting, done) if not d]
@@ -213,7 +184,7 @@ def sample_records(policy: common.Policy, rows: Iterable[tuple[dict, int]], veri
         yield [rollout_record(verify, *x)]
 
 
-def rollout_record(verify, row: sampling.Row, text: str, verdict: Future) -> dict:
+def rollout_record(verify: Verifier, row: sampling.Row, text: str, verdict: Future) -> dict:
     """One line of rollouts.jsonl."""
     p, number = row.tag
     record = {"id": p["id"], "sample": number, "prompt_ids": p["prompt_ids"],
@@ -221,8 +192,8 @@ def rollout_record(verify, row: sampling.Row, text: str, verdict: Future) -> dic
               "reward": int(verdict.result()), "answer": p["answer"]}
     if "guide" in p:
         record["guide"] = p["guide"]
-    if getattr(verify, "takes_problem", False):
-        record["problem_fields"] = as_read(p)
+    if verify.takes_problem:
+        record["problem_fields"] = p["problem_fields"]
     return record
 
 
@@ -233,23 +204,18 @@ class Outcome(NamedTuple):
     tokens: int
 
 
-def outcome(record: dict) -> Outcome:
-    return Outcome(record["reward"], record["finish"], len(record["response_ids"]))
-
-
 def read_outcomes(path: Path) -> dict[tuple[str, int], Outcome]:
     """{(id, sample): Outcome} of a rollouts.jsonl."""
-    return {key: place.kept for key, place in common.scan([path], outcome).items()}
+    keep = lambda r: Outcome(r["reward"], r["finish"], len(r["response_ids"]))
+    return {key: place.kept for key, place in common.scan([path], keep).items()}
 
 
-def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path, args,
+def run_rollouts(policy: Policy, problems: list[dict], verify: Verifier, out: Path, args,
                  label: str) -> dict[tuple[str, int], Outcome]:
-    """Sample and verify n responses to every problem into out/rollouts.jsonl.
-
-    Each rank appends what it finishes to its own part file; what is there already is not sampled
-    again. When all is done rank 0 merges the parts in problem order. Safe to kill at any moment.
-    """
-    final = out / "rollouts.jsonl"
+    """Sample and verify args.n responses to every problem into out/rollouts.jsonl. Safe to kill at
+    any moment: each rank appends what it finishes to its own part file, and what is there is not
+    sampled again."""
+    final, n = out / "rollouts.jsonl", args.n
     if final.exists():
         common.remove_parts(out, "rollouts")
         found = read_outcomes(final)
@@ -257,9 +223,8 @@ def run_rollouts(policy: common.Policy, problems: list[dict], n: int, out: Path,
             raise UserError(f"{final}: does not hold {n} rollouts of each problem; remove it, "
                             "and they are sampled again")
         return found
-    verify = verifying.from_args(args)
-    add_prompts(policy, problems, args)
-    part, done = common.open_part(out, "rollouts", outcome)
+    problems = add_prompts(policy, problems, args)
+    part, done = common.open_part(out, "rollouts")
     # No more slots than a rank's share: else the first ranks would take all of a small set
     missing = len(problems) * n - len(done)
     slots = min(args.decode_rows, max(1, math.ceil(missing / common.world_size())))
@@ -293,12 +258,10 @@ def hits_per_problem(problems: list[dict], n: int, found: dict) -> list[int]:
     return [sum(found[p["id"], s].reward for s in range(n)) for p in problems]
 
 
-def summarise(problems: list[dict], n: int, found: dict) -> dict:
-    """Pass rate, lengths and the histogram {hits: problems}; its entry 0 counts the zero-hit
-    prompts."""
-    hits = hits_per_problem(problems, n, found)
-    count = len(problems) * n  # rollouts
-    return {"problems": len(problems), "n": n, "pass_rate": sum(hits) / count,
+def summarise(hits: list[int], n: int, found: dict) -> dict:
+    """Pass rate, lengths and the histogram {hits: problems}."""
+    count = len(found)  # rollouts
+    return {"problems": len(hits), "n": n, "pass_rate": sum(hits) / count,
             "zero_hit": hits.count(0),
             "mean_tokens": sum(x.tokens for x in found.values()) / count,
             "truncated": sum(x.finish == "length" for x in found.values()) / count,
@@ -320,31 +283,29 @@ def add_problem_args(parser: argparse.ArgumentParser) -> None:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     common.add_model_args(parser)
-    parser.add_argument("--data", required=True, help="problems, JSONL")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=common.checked(int, lambda n: n > 0), default=32,
-                        help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
+    add = parser.add_argument
+    add("--data", required=True, help="problems, JSONL")
+    add("--out", required=True, help="output folder")
+    add("-n", "--n", type=POSITIVE, default=32,
+        help="[Sec. 4.1] responses per problem: zero-hit means pass@32 = 0")
     sampling.add_sampling_args(parser)
     add_problem_args(parser)
     verifying.add_verifier_args(parser)
     return parser.parse_args(argv)
 
 
-# Flags that may change when a run continues: a result changes by float32 rounding alone
-FREE = ("device", "decode_rows", "decode_tokens")
-
-
-def main(args: argparse.Namespace) -> dict:
+def main(args: argparse.Namespace) -> None:
     problems = read_problems(args.data, args)
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
+    verify = verifying.from_args(args)
     policy = common.load_model(args, device)
-    found = run_rollouts(policy, problems, args.n, out, args, "rollout")
-    summary = summarise(problems, args.n, found)
+    found = run_rollouts(policy, problems, verify, out, args, "rollout")
     if common.rank() == 0:
         hits = hits_per_problem(problems, args.n, found)
-        zero = [as_read(p) for p, h in zip(problems, hits) if h == 0]
-        common.write_atomic(out / "zero_hit.jsonl", "".join(map(common.to_line, zero)))
+        summary = summarise(hits, args.n, found)
+        zero = [p for p, h in zip(problems, hits) if h == 0]
+        common.write_atomic(out / "zero_hit.jsonl", map(common.to_line, zero))
         common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         print(f"{summary['problems']} problems x {args.n}: pass rate {summary['pass_rate']:.4f}, "
               f"zero-hit {summary['zero_hit']} ({summary['zero_hit'] / len(problems):.1%}), "
@@ -352,7 +313,6 @@ def main(args: argparse.Namespace) -> dict:
               f"{summary['truncated']:.1%}")
         histogram = "  ".join(f"{h}:{c}" for h, c in summary["histogram"].items())
         print(f"  hits of {args.n} -> problems:   {histogram}")
-    return summary
 
 
 if __name__ == "__main__":

@@ -48,16 +48,14 @@ from torch import Tensor
 import revise
 import rollout
 from helpers import common, sampling, training, verifying
-from helpers.common import Policy, UserError
+from helpers.common import COUNT, NOT_NEGATIVE, POSITIVE, Policy, UserError
 from helpers.sampling import row_key
-from helpers.training import COUNT, NOT_NEGATIVE, POSITIVE
 
 # Dimension key: G group, M response tokens of a micro-batch
 
 LOG_BOUND = 20.0  # of log-differences before exp: far beyond any clip and far from overflow
 LUFFY_GAMMA = 0.1
 WARN_AFTER = 20  # steps without signal
-FREE = (*training.FREE, *revise.FREE, "samples")  # these do not change a result but for rounding
 ALGO = {"grpo": {"kl_coef": 0.001, "clip_high": 0.2}, "dapo": {"kl_coef": 0.0, "clip_high": 0.28}}
 
 
@@ -139,8 +137,8 @@ def inject(group: list[dict], new: dict, how: str) -> list[dict]:
 
 def rescue(policy: Policy, groups: list[list[dict]], key: tuple, args,
            verify) -> tuple[list[list[dict]], int]:
-    """Every zero-hit group with a trajectory recovered from its first rollout that is long enough
-    to cut, where that succeeds, and how many these are. Groups with a hit cost nothing."""
+    """The groups, every zero-hit one with a trajectory recovered from its first rollout that is
+    long enough to cut, where that succeeds; and how many these are."""
     zero_hit = [group for group in groups if not any(r["reward"] for r in group)]
     failed = [[r for r in group if revise.cut(r["response_ids"], args.rho)] for group in zero_hit]
     found = recover(policy, [rows[0] for rows in failed if rows], key, args, verify)
@@ -160,11 +158,9 @@ def choose(wanted: list[bool], room: int) -> tuple[list[int], int]:
 
 def collect(policy: Policy, problems: list[dict], step: int, cursor: int, args,
             verify) -> tuple[list[list[dict]], int, dict]:
-    """This rank's groups for one step, the next data cursor, and counts over all ranks.
-
-    With --algo dapo, groups whose rewards are all equal are dropped and further prompts sampled.
-    """
-    counts, mine, kept, longest = Counter(rescued=0, signal=0), [], 0, 0
+    """This rank's groups for one step, the next data cursor, and counts over all ranks. With --algo
+    dapo, groups whose rewards are all equal are dropped and further prompts sampled."""
+    counts, mine, kept, longest = Counter(rescued=0), [], 0, 0
     for turn in range(1 + (args.resample if args.algo == "dapo" else 0)):
         key = (args.seed, "grpo", step, turn)
         order = training.draw_rows(len(problems), cursor, min(args.batch_size, len(problems)),
@@ -285,14 +281,14 @@ def report(bar, metrics: dict, silent: int, args: argparse.Namespace) -> None:
 def add_common_args(parser: argparse.ArgumentParser, group_size: int) -> None:
     """Flags that a baseline has as well."""
     common.add_model_args(parser)
-    flag = parser.add_argument
-    flag("--data", required=True, help="problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
-    flag("--out", required=True, help="output folder")
-    flag("--group-size", type=POSITIVE, default=group_size, help="[Table 7] N, of a prompt")
-    flag("--batch-size", type=POSITIVE, default=512, help="[Table 7] prompts per step")
-    flag("--samples", type=COUNT, nargs=2, default=[10, 2], metavar=("STEPS", "GROUPS"),
-         help="to samples.jsonl: every so many steps (0: never) so many groups (0: all), rescued "
-              "ones first")
+    add = parser.add_argument
+    add("--data", required=True, help="problems, JSONL; zero_hit.jsonl of rollout.py is dapo-hard")
+    add("--out", required=True, help="output folder")
+    add("--group-size", type=POSITIVE, default=group_size, help="[Table 7] N, of a prompt")
+    add("--batch-size", type=POSITIVE, default=512, help="[Table 7] prompts per step")
+    add("--samples", type=COUNT, nargs=2, default=[10, 2], metavar=("STEPS", "GROUPS"),
+        help="to samples.jsonl: every so many steps (0: never) so many groups (0: all), rescued "
+             "ones first")
     training.add_training_args(parser)
     sampling.add_sampling_args(parser)
     verifying.add_verifier_args(parser)
@@ -303,23 +299,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__, epilog="The flags of the revision are taken as well: "
                            "`python revise.py --help` describes them.")
     add_common_args(parser, group_size=8)
-    flag = parser.add_argument_group("objective").add_argument
-    flag("--algo", default="grpo", choices=list(ALGO), help="[Tables 1, 2] dapo is a baseline")
-    flag("--kl-coef", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
-         help="[Table 7] 0.001 for grpo; 0 for dapo")
-    flag("--clip-low", type=NOT_NEGATIVE, default=0.2, help="PPO's; the paper names none")
-    flag("--clip-high", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
-         help="0.2 for grpo; 0.28 for dapo")
-    flag("--updates", type=POSITIVE, default=1, help="optimizer steps per batch of rollouts")
-    flag("--resample", type=COUNT, default=3, help="dapo: further rounds of sampling per step")
-    flag("--overlong-buffer", type=COUNT, default=0, help="dapo: tokens before --max-new-tokens "
-         "over which a length penalty grows to 1; 0 is off")
-    flag = parser.add_argument_group("LatentRevise").add_argument
-    flag("--revise", action="store_true", help="[Sec. 4.1] rescue zero-hit groups: the method")
-    flag("--inject", default="replace", choices=["replace", "append"],
-         help="the recovered trajectory replaces the rollout it came from, or joins the group")
-    flag("--injected-ratio", default="current", choices=["current", "luffy"],
-         help="of injected tokens: that of any response, or LUFFY's policy shaping")
+    add = parser.add_argument_group("objective").add_argument
+    add("--algo", default="grpo", choices=list(ALGO), help="[Tables 1, 2] dapo is a baseline")
+    add("--kl-coef", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
+        help="[Table 7] 0.001 for grpo; 0 for dapo")
+    add("--clip-low", type=NOT_NEGATIVE, default=0.2, help="PPO's; the paper names none")
+    add("--clip-high", type=NOT_NEGATIVE, default=argparse.SUPPRESS,
+        help="0.2 for grpo; 0.28 for dapo")
+    add("--updates", type=POSITIVE, default=1, help="optimizer steps per batch of rollouts")
+    add("--resample", type=COUNT, default=3, help="dapo: further rounds of sampling per step")
+    add("--overlong-buffer", type=COUNT, default=0,
+        help="dapo: tokens before --max-new-tokens over which a length penalty grows to 1")
+    add = parser.add_argument_group("LatentRevise").add_argument
+    add("--revise", action="store_true", help="[Sec. 4.1] rescue zero-hit groups: the method")
+    add("--inject", default="replace", choices=["replace", "append"],
+        help="the recovered trajectory replaces the rollout it came from, or joins the group")
+    add("--injected-ratio", default="current", choices=["current", "luffy"],
+        help="of injected tokens: that of any response, or LUFFY's policy shaping")
     args, rest = parser.parse_known_args(argv)
     revision = common.Parser("", prog=parser.prog)
     revise.add_revision_args(revision)
@@ -344,13 +340,13 @@ def main(args: argparse.Namespace) -> None:
     # === setup ===
     problems = rollout.read_problems(args.data, args)
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
     if training.is_finished(out, args.steps):
         return
     verify = verifying.from_args(args)
     trained = training.load_model(args, device, train=True)
     model, tokenizer = trained.model, trained.tokenizer
-    rollout.add_prompts(trained, problems, args)
+    problems = rollout.add_prompts(trained, problems, args)
     for p in problems if args.revise else []:  # before any work, not in the middle of it
         revise.answer_ids(tokenizer, args.template, revise.guide_of(p))
     # the initial model, also after a restart

@@ -20,7 +20,7 @@ import time
 
 import rollout
 from helpers import common, training
-from helpers.common import Policy, UserError
+from helpers.common import POSITIVE, Policy, UserError
 
 
 def read_row(record: dict, policy: Policy, args: argparse.Namespace, where: str) -> dict:
@@ -59,24 +59,22 @@ def read_rows(policy: Policy, args: argparse.Namespace) -> list[dict]:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__)
     common.add_model_args(parser)
-    parser.add_argument("--data", required=True, nargs="+",
-                        help="trajectories, JSONL; several files are joined")
-    parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("--batch-size", type=training.POSITIVE, default=512,
-                        help="[Table 7] trajectories per optimizer step")
-    parser.add_argument("--seed", type=int, default=0, help="of the data order")
-    parser.add_argument("--instruction", default=rollout.INSTRUCTION,
-                        help="for rows with `problem`; '' for none")
-    parser.add_argument("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
-                        help="for rows with `problem`")
+    add = parser.add_argument
+    add("--data", required=True, nargs="+", help="trajectories, JSONL; several files are joined")
+    add("--out", required=True, help="output folder")
+    add("--batch-size", type=POSITIVE, default=512, help="[Table 7] trajectories per step")
+    add("--seed", type=int, default=0, help="of the data order")
+    add("--instruction", default=rollout.INSTRUCTION, help="for rows with `problem`; '' for none")
+    add("--prompt-format", default="auto", choices=["auto", "chat", "plain"],
+        help="for rows with `problem`")
     training.add_training_args(parser)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, training.FREE,
-                           data_digest=[common.file_digest(p) for p in args.data])
+    digests = [common.file_digest(path) for path in args.data]
+    out = common.start_run(args.out, args, data_digest=digests)
     if training.is_finished(out, args.steps):
         return
     policy = training.load_model(args, device, train=True)

@@ -48,11 +48,9 @@ _BARE_BOX = re.compile(r"\s*((?:\\[A-Za-z]+|[^\s{}$\\])(?:\\[A-Za-z]+|[^\s$\\}])
 
 
 def extract_boxed(response: str) -> str | None:
-    r"""Content of the last `\boxed` or `\fbox` after the last `</think>`; None if there is none.
-
-    An empty last box is None, and so is one that never closes (a cut-off response). Braces are
-    balanced; `\{`, `\}` do not count. Of nested boxes the innermost counts. `\boxed 5` is 5.
-    """
+    r"""Content of the last `\boxed` or `\fbox` after the last `</think>`; None if there is none, or
+    if it is empty or never closes (a cut-off response). Braces are balanced; `\{`, `\}` do not
+    count. Of nested boxes the innermost counts. `\boxed 5` is 5."""
     text = response[response.rfind("</think>") + 1 :]
     start, command = max((text.rfind(r"\boxed"), r"\boxed"), (text.rfind(r"\fbox"), r"\fbox"))
     if start < 0 or text[start + len(command) : start + len(command) + 1].isalpha():
@@ -76,8 +74,7 @@ _UNICODE = str.maketrans(
      "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∅": r"\emptyset ",
      "°": r"\degree ", "²": "^2", "³": "^3", "½": r"\frac12 ",
      "，": ",", "；": ";", "（": "(", "）": ")", "：": ":",
-     "\u2032": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "~": " "}
-)  # fmt: skip
+     "\u2032": "'", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "~": " "})
 
 # LaTeX commands that are drawn the same, mean the same here, or only move things about. One pass
 # over whole commands, so that the row break `\\` is never taken for a backslash before something.
@@ -91,16 +88,14 @@ _SPELLING = {
               r"\mathtt \mbox \hbox \operatorname \bf \bm \boldsymbol \rm",
     " ": r"\, \; \: \> \  \quad \qquad \enspace \thinspace",
     "": r"\! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr "
-        r"\( \) \[ \] \displaystyle \textstyle \limits",
-}  # fmt: skip
+        r"\( \) \[ \] \displaystyle \textstyle \limits"}
 _SAME_COMMAND = {old: new for new, olds in _SPELLING.items()
                  for old in olds.replace("\\ ", "").split()} | {"\\ ": " "}
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)", re.DOTALL)
 # Thousands marks that can be nothing else: 1{,}234  1,\!234  1\,234  1 234, the same throughout
 _GROUPS = re.compile(
     r"(?<![0-9.,])[0-9]{1,3}(?P<mark>\{,\}|, ?\\! ?| ?\\[,; ] ?| )[0-9]{3}"
-    r"(?:(?P=mark)[0-9]{3})*(?!(?: *[/,])? *[0-9])"
-)
+    r"(?:(?P=mark)[0-9]{3})*(?!(?: *[/,])? *[0-9])")
 _TEXT = re.compile(r"(?P<before>[0-9})/] ?)?\\text ?\{(?P<words>(?:[^{}]|\{[^{}]*\})*)\}")
 _REWRITES = [  # applied in order, each on the output of the one before
     (re.compile(r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))"), r"\\degree "),  # 45^{\circ}
@@ -115,8 +110,7 @@ _REWRITES = [  # applied in order, each on the output of the one before
     (re.compile(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|exp|pi)(?![A-Za-z])"), r"\\\1 "),
     (re.compile(r"(?<![0-9A-Za-z})\]]) ?\+ ?(?=\\infty)"), ""),  # +\infty
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r" +"), " "),
-]
+    (re.compile(r" +"), " ")]
 # One-letter units count only in upright type after a number: 5\mathrm{m}, 5\text{ m/s}
 _LETTER_UNITS = re.compile(r"[mgshNJWVKL](?:[ /]*[mgsh]| ?\^ ?\{?-?[0-9]\}?)*")
 
@@ -160,33 +154,27 @@ _FUNCTIONS = {
     "sin": sin, "cos": cos, "tan": tan, "sinh": sinh, "cosh": cosh, "tanh": tanh, "exp": exp,
     "ln": log, "log": log,
     "arcsin": asin, "arccos": acos, "arctan": atan,
-    "cot": lambda x: 1 / tan(x), "sec": lambda x: 1 / cos(x), "csc": lambda x: 1 / sin(x),
-}  # fmt: skip
+    "cot": lambda x: 1 / tan(x), "sec": lambda x: 1 / cos(x), "csc": lambda x: 1 / sin(x)}
 _GREEK = (
     "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|"
     "rho|sigma|tau|upsilon|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|"
-    "Omega|hbar|ell|angle"
-)
+    "Omega|hbar|ell|angle")
 _LETTER = rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![A-Za-z]))"
 _SYMBOL = (  # x, \alpha, \dot{x}, x_0, x_{max}, x'
     rf"(?:\\(?:d?dot|hat|bar|vec|tilde) ?(?:\{{ ?{_LETTER} ?\}}|{_LETTER})|{_LETTER})"
-    r"(?: ?_ ?(?:\{(?:[^{}]|\{[^{}]*\})*\}|[A-Za-z0-9]|\\[A-Za-z]+))?'*"
-)
+    r"(?: ?_ ?(?:\{(?:[^{}]|\{[^{}]*\})*\}|[A-Za-z0-9]|\\[A-Za-z]+))?'*")
 # A number, as one token: 12, 1,234.5, 3., .5, 6.02e23
 _NUMBER = re.compile(
-    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?"
-)
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
 _TOKEN = re.compile(
-    rf" ?(?:(?P<number>{_NUMBER.pattern})|(?P<word>[A-Za-z]{{4}})"
+    rf" ?(?:(?:{_NUMBER.pattern})|(?P<word>[A-Za-z]{{4}})"
     rf"|(?P<name>{_SYMBOL}(?:\((?:{_SYMBOL}|[0-9]+)\))?)"
-    r"|\\[A-Za-z]+|(?P<mark>[^ ]))"
-)
+    r"|\\[A-Za-z]+|[^ ])")
 # A whole number right before a fraction of whole numbers, not the end of a number or an exponent
 _MIXED = re.compile(
     r"(?<![0-9.,A-Za-z})^_/])(?<![0-9.,)}] )([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+) ?"
     r"(?:\\frac ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))"
-    r"|(?<= )([0-9]+) ?/ ?([0-9]+))"
-)
+    r"|(?<= )([0-9]+) ?/ ?([0-9]+))")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -197,12 +185,10 @@ def _improper(match: re.Match) -> str:
 
 
 def evaluate(text: str) -> tuple[frozenset[str], bool, list[Number]]:
-    """The variables of an expression, whether it adds, and its value at each point (or one).
-
-    Raises ValueError for what is not an expression, ArithmeticError for no value within the bounds.
-    """
+    """The variables of an expression, whether it adds, and its value at each point (or one). Raises
+    ValueError for what is no expression, ArithmeticError for no value within the bounds."""
     tokens = []
-    for match in _TOKEN.finditer(_MIXED.sub(_improper, text)) if len(text) <= MAX_PARSED else ():
+    for match in _TOKEN.finditer(_MIXED.sub(_improper, text)):
         if match["word"]:
             raise ValueError("four letters in a row are a word, not a product of variables")
         tokens.append(match[0].replace(" ", "") if match["name"] else match[0].strip())
@@ -214,10 +200,8 @@ def evaluate(text: str) -> tuple[frozenset[str], bool, list[Number]]:
 
 
 class _Arithmetic:
-    """Recursive descent: a sum of products of powers of atoms, evaluated while it is read.
-
-    Two numbers side by side, a second sign, an empty argument and every unknown sign are errors.
-    """
+    """Recursive descent: a sum of products of powers of atoms, evaluated while it is read. Two
+    numbers side by side, a second sign, an empty argument and every unknown sign are errors."""
 
     def __init__(self, tokens: list[str], point: int) -> None:
         self.rest, self.point, self.depth = tokens[::-1], point, 0  # the next token is the last
@@ -420,15 +404,13 @@ _NOT_A_UNIT = re.compile(
     r"\b(?:or|and|not?|nor|but|if|when|where|unless|except|mod(?:ulo)?|base|more|less|fewer|most|"
     r"least|about|between|from|to|than|hal(?:f|ves)|thirds?|quarters?|tenths|hundredths|hundred|"
     r"thousand|million|billion|trillion|dozen|twice|plus|minus|squared|cubed|over|into|none|all|"
-    r"point|one|two|three|four|five|six|seven|eight|nine|ten)\b"
-)
+    r"point|one|two|three|four|five|six|seven|eight|nine|ten)\b")
 # Bare units are safe without \text; shorter ones (m, s, mg, in) could be products of variables.
 _BARE_UNITS = [word for word in _UNIT_OF if len(word) > 2 or word in ("cm", "km", "kg", "ft", "lb")]
 _BARE_UNIT = rf"(?<![A-Za-z\\])(?:units?|per|square|sq|cubic|{'|'.join(_BARE_UNITS)})(?![A-Za-z])"
 _UNIT_TAIL = re.compile(
     rf"(?<=[^ ]) ?((?:(?:%|''|\\degree(?: ?[CF])?|\\dollar|\\text\{{[^{{}}]*\}}|{_BARE_UNIT})"
-    r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|[0-9]))?(?: ?[/*](?! ?$))? ?)+)$"
-)
+    r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|[0-9]))?(?: ?[/*](?! ?$))? ?)+)$")
 _MONEY = re.compile(r"(-? ?)\\dollar ?")
 
 
@@ -444,12 +426,10 @@ _COMMA, _CUP, _EQUALS = _splitter("[,;]"), _splitter(r"\\cup(?![A-Za-z])"), _spl
 _APPROXIMATELY = re.compile(r"(?<=.)\\approx(?![A-Za-z])")
 _LABEL = re.compile(
     rf"({_SYMBOL}(?: ?\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})* ?\))?|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})+ ?\))"
-    r" ?(?:=|\\(?:in|approx)(?![A-Za-z])) ?(?=.)"
-)
+    r" ?(?:=|\\(?:in|approx)(?![A-Za-z])) ?(?=.)")
 _MATRIX = re.compile(
     r"[\[(]? ?\\begin\{(?:[pb]?matrix|array)\} ?(?:\{[clr| ]*\})?"
-    r"((?:(?!\\begin).)*)\\end\{(?:[pb]?matrix|array)\} ?[\])]?"
-)
+    r"((?:(?!\\begin).)*)\\end\{(?:[pb]?matrix|array)\} ?[\])]?")
 _WORDS = re.compile(r"[A-Za-z]{2}[A-Za-z .'-]*")
 
 
@@ -493,7 +473,7 @@ def _open_signs(text: str) -> list[str]:
 def _read(text: str, depth: int = 0) -> Answer:
     """A list of answers, or the one answer there is."""
     text = _inner(text, "{", "}") or text
-    members = _split(text, _LIST) if len(text) <= MAX_PARSED and depth <= MAX_DEPTH else []
+    members = _split(text, _LIST) if len(text) <= MAX_PARSED else []
     if not members or not all(members):
         return Answer("leaf", _canonical(text))
     answers = tuple(_read_one(opened, depth)
@@ -556,9 +536,7 @@ def _read_leaf(text: str) -> Answer:
 
 def _take_unit(text: str) -> tuple[str, str | None]:
     """The text without a trailing unit and a leading money sign, and the unit; None for no unit.
-
-    Rule: square inches is in^2, meters per second is m/s; other words name what is counted.
-    """
+    Rule: square inches is in^2, meters per second is m/s; other words name what is counted."""
     money = _MONEY.match(text)
     text = money[1] + text[money.end() :] if money else text
     tail = _UNIT_TAIL.search(text, max(0, len(text) - MAX_UNIT))
@@ -666,10 +644,7 @@ def _same_number(ours: Number, gold: Number, decimals: int) -> bool:
 
 
 def verify(response: str, gold: str) -> bool:
-    r"""True if the last box holds the gold answer, which may be bare, in `$..$` or in a `\boxed`.
-
-    Raises nothing, whatever the two are; the verdict on anything but two strings is False.
-    """
+    r"""True if the last box holds the gold answer, which may be bare, in `$..$` or in `\boxed`."""
     if not isinstance(response, str) or not isinstance(gold, str):
         return False
     ours, gold = extract_boxed(response), extract_boxed(gold) or gold

@@ -28,51 +28,60 @@ from pathlib import Path
 import revise
 import rollout
 from helpers import common, sampling, verifying
-from helpers.common import UserError
+from helpers.common import POSITIVE, UserError
 from helpers.sampling import row_key
 
+HINT = ("The correct answer is {answer}. Knowing it, solve the problem in your own way, "
+        "step by step.")
 LOREM = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do",
          "eiusmod", "tempor", "incididunt", "ut", "labore", "et", "dolore", "magna", "aliqua"]
+
+
+def add_text(problem: str | list[dict], before: str = "", after: str = "") -> str | list[dict]:
+    """A problem with lines before and after its text; of chat messages the last is meant."""
+    if isinstance(problem, str):
+        return "\n".join(filter(None, (before, problem, after)))
+    last = problem[-1]
+    return [*problem[:-1], last | {"content": add_text(last["content"], before, after)}]
 
 
 def other_prompt(p: dict, answer: str, args: argparse.Namespace) -> str | list[dict]:
     """The problem as it is sampled from: with the hint after it, or meaningless words before it."""
     if args.start == "hint":
-        return rollout.add_text(p["problem"], after=args.hint.replace("{answer}", answer))
+        return add_text(p["problem"], after=args.hint.replace("{answer}", answer))
     words = random.Random(row_key(args.seed, p["id"], "perturbed")).choices(LOREM, k=args.words)
-    return rollout.add_text(p["problem"], before=" ".join(words).capitalize() + ".")
+    return add_text(p["problem"], before=" ".join(words).capitalize() + ".")
 
 
-def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer, args) -> None:
+def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer, verify,
+               args) -> None:
     """OUT/recovered.jsonl: the right rollouts, as if they had been drawn from the plain prompt; and
     OUT/summary.json. told: {id: the answer that its prompt told}."""
     rows = common.read_jsonl(out / "rollouts.jsonl")
     plain = {p["id"]: rollout.prompt_ids(tokenizer, p["problem"], args) for p in problems}
     recovered = [r | {"prompt_ids": plain[r["id"]]} for r in rows if r["reward"]]
-    common.write_atomic(out / "recovered.jsonl", "".join(map(common.to_line, recovered)))
+    common.write_atomic(out / "recovered.jsonl", map(common.to_line, recovered))
     summary = {"problems": len(problems), "n": args.n, "recovered_trajectories": len(recovered),
                "recovered_prompts": len({r["id"] for r in recovered})}
     if args.gold == "permuted":  # how often the answer that was told is the one that is given
-        verify = verifying.from_args(args)
         asked = {p["id"]: p | {"answer": told[p["id"]]} for p in problems}
         given = {r["id"] for r in rows
-                 if rollout.submit(verify, r["response"], asked[r["id"]]).result()}
+                 if verify(r["response"], told[r["id"]], asked[r["id"]])}
         summary["told_prompts"] = len(given)
     common.write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__, prog="python -m baselines.hint")
-    positive = common.checked(int, lambda n: n > 0)
     common.add_model_args(parser)
     parser.add_argument("--data", required=True, help="problems: zero_hit.jsonl of rollout.py")
     parser.add_argument("--out", required=True, help="output folder")
-    parser.add_argument("-n", "--n", type=positive, default=8,
+    parser.add_argument("-n", "--n", type=POSITIVE, default=8,
                         help="responses per problem: as many as a revision has continuations")
     parser.add_argument("--from", dest="start", default="hint", choices=["hint", "perturbed"],
                         help="what is sampled from instead of the plain prompt")
-    parser.add_argument("--hint", default=rollout.HINT, help="follows the problem, with {answer}")
-    parser.add_argument("--words", type=positive, default=40,
+    parser.add_argument("--hint", default=HINT, help="follows the problem, with {answer}")
+    parser.add_argument("--words", type=POSITIVE, default=40,
                         help="meaningless words of --from perturbed")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
                         help="control: the hint tells another problem's answer")
@@ -94,17 +103,17 @@ def main(args: argparse.Namespace) -> None:
             raise UserError("--gold permuted: a problem has a guide, which is not another's answer")
         told = revise.permuted_answers(told, args.seed)
     device = common.pick_device(args)
-    digest = common.file_digest(args.data)
-    out = common.start_run(args.out, args, rollout.FREE, data_digest=digest)
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
 
     files = [out / name for name in ("rollouts.jsonl", "recovered.jsonl", "summary.json")]
     if not all(f.exists() for f in files):
+        verify = verifying.from_args(args)
         policy = common.load_model(args, device)
         others = [p | {"problem": other_prompt(p, told.get(p["id"], ""), args),
                        "problem_fields": p} for p in problems]  # what a verifier gets
-        rollout.run_rollouts(policy, others, args.n, out, args, args.start)
+        rollout.run_rollouts(policy, others, verify, out, args, args.start)
         if common.rank() == 0:
-            keep_right(out, problems, told, policy.tokenizer, args)
+            keep_right(out, problems, told, policy.tokenizer, verify, args)
     if common.rank() == 0:
         summary = json.loads((out / "summary.json").read_text())
         print(f"{summary['recovered_prompts']} of {summary['problems']} prompts recovered, "

@@ -10,6 +10,7 @@ import argparse
 
 import rollout
 import train_grpo
+from baselines.hint import HINT, add_text
 from helpers import common
 from helpers.common import Policy
 
@@ -22,8 +23,9 @@ def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dic
     hinted = []
     for r in failed:
         p, hint = PROBLEMS[r["id"]], args.hint.replace("{answer}", r["answer"])
-        hinted.append(p | {"problem": rollout.add_text(p["problem"], after=hint)})
-    rollout.add_prompts(policy, hinted, args)
+        told = {"problem": add_text(p["problem"], after=hint), "problem_fields": p}
+        hinted.append(p | told)  # problem_fields: what a verifier gets
+    hinted = rollout.add_prompts(policy, hinted, args)
     groups = train_grpo.sample_groups(policy, hinted, (*key, "hint"), args, verify)
     plain = {r["id"]: {k: r[k] for k in ("prompt_ids", "sample")} for r in failed}
     right = [[r for r in group if r["reward"]][:1] for group in groups]
@@ -32,7 +34,7 @@ def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dic
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__, prog="python -m baselines.train_hint", add_help=False)
-    parser.add_argument("--hint", default=rollout.HINT, help="follows the problem, with {answer}")
+    parser.add_argument("--hint", default=HINT, help="follows the problem, with {answer}")
     own, rest = parser.parse_known_args(argv)
     return argparse.Namespace(**vars(train_grpo.get_args([*rest, "--revise"])) | vars(own))
 

@@ -34,12 +34,11 @@ from torch.utils.checkpoint import checkpoint
 import revise
 import rollout
 import train_grpo
+from baselines.hint import HINT, add_text
 from helpers import common, training, verifying
-from helpers.common import Policy, UserError, checked
+from helpers.common import NOT_NEGATIVE, Policy, UserError, checked
 
 # Dimension key: M response tokens of a micro-batch, V vocabulary, D model width
-
-FREE = (*training.FREE, *rollout.FREE, "samples")  # these do not change a result but for rounding
 
 
 def add_teacher_prompts(policy: Policy, problems: list[dict], args: argparse.Namespace) -> None:
@@ -47,7 +46,7 @@ def add_teacher_prompts(policy: Policy, problems: list[dict], args: argparse.Nam
     for them in its `limit`. Raises UserError."""
     for p in problems:
         hint = args.hint.replace("{answer}", revise.guide_of(p))
-        hinted = rollout.add_text(p["problem"], after=hint)
+        hinted = add_text(p["problem"], after=hint)
         p["teacher_ids"] = rollout.prompt_ids(policy.tokenizer, hinted, args)
         room = policy.context - len(p["teacher_ids"])
         if room <= 0:
@@ -119,9 +118,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     train_grpo.add_common_args(parser, group_size=1)
     flag = parser.add_argument_group("distillation").add_argument
     flag("--beta", type=checked(float, lambda x: 0 <= x <= 1), default=0.5, help="of JSD_beta")
-    flag("--clip", type=training.NOT_NEGATIVE, default=0.0,
+    flag("--clip", type=NOT_NEGATIVE, default=0.0,
          help="largest term of a vocabulary entry; 0 is off")
-    flag("--hint", default=rollout.HINT, help="what the teacher reads after the problem")
+    flag("--hint", default=HINT, help="what the teacher reads after the problem")
     parser.set_defaults(algo="opsd", revise=False)  # what collect() asks
     return parser.parse_args(argv)
 
@@ -134,13 +133,13 @@ def main(args: argparse.Namespace) -> None:
     # === setup ===
     problems = rollout.read_problems(args.data, args)
     device = common.pick_device(args)
-    out = common.start_run(args.out, args, FREE, data_digest=common.file_digest(args.data))
+    out = common.start_run(args.out, args, data_digest=common.file_digest(args.data))
     if training.is_finished(out, args.steps):
         return
     verify = verifying.from_args(args)
     trained = training.load_model(args, device, train=True)
     model, tokenizer = trained.model, trained.tokenizer
-    rollout.add_prompts(trained, problems, args)
+    problems = rollout.add_prompts(trained, problems, args)
     add_teacher_prompts(trained, problems, args)
     teacher_ids = {p["id"]: p["teacher_ids"] for p in problems}
     teacher = training.load_model(args, device).model  # the initial model, also after a restart

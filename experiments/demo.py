@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eval import table, wilson_interval
+from eval import table
 from experiments import style
 from helpers import common
 from toy import sums as toy
@@ -72,6 +72,15 @@ def run(out: Path, *commands: str, processes: int = 1) -> dict[str, float]:
 
 
 # --- reading what they wrote -----------------------------------------------------------------------------------------
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): also at 0 and n, where the bootstrap has no width."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, successes / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
 def share(k: int, n: int) -> str:
     low, high = wilson_interval(k, n)
     return f"{100 * k / max(n, 1):.1f} % [{100 * low:.1f}, {100 * high:.1f}] ({k}/{n})"

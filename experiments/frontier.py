@@ -14,9 +14,8 @@ import json
 import time
 from pathlib import Path
 
-from eval import wilson_interval
 from experiments import demo, evidence, show, style, tables
-from experiments.demo import LENGTH, PROBLEMS, share
+from experiments.demo import LENGTH, PROBLEMS, share, wilson_interval
 from helpers import common
 
 RATES = {"toy": [0.003, 0.001, 0.0003, 0.0001, 0.0], "toy_words": [0.003, 0.0003]}  # self-correction, unasked

@@ -9,8 +9,8 @@ import random
 import re
 from pathlib import Path
 
-from eval import wilson_interval
 from experiments import style, tables
+from experiments.demo import wilson_interval
 from experiments.style import BLUE, GREEN, GREY, INK, ORANGE
 from helpers import common
 from toy import sums as toy

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import revise
-from eval import wilson_interval
 from experiments import demo, show, tables
+from experiments.demo import wilson_interval
 from helpers import common
 from helpers.common import UserError
 

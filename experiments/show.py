@@ -83,7 +83,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    places = [place for (i, sample), place in common.scan([Path(args.file)], lambda record: None).items()
+    places = [place for (i, sample), place in common.scan([Path(args.file)]).items()
               if i == args.id and args.sample in (None, sample)]
     if not places:
         raise UserError(f"{args.file}: no record with --id {args.id}"
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     path = args.model or settings["model"]
     model, tokenizer, *_ = common.load_model(argparse.Namespace(
         model=path, dtype=settings.get("dtype", "float32")), torch.device("cpu"))
-    record = common.read_at(*places[-1][:3])
+    record = places[-1].read()
     try:
         print(as_text(record, explain(record, tokenizer, model.get_input_embeddings().weight.detach())))
     except UserError as e:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 import revise
-from eval import BOOTSTRAP, pass_at_k, wilson_interval
+from eval import BOOTSTRAP, pass_at_k
 from experiments import demo, show
-from experiments.demo import share
+from experiments.demo import share, wilson_interval
 from helpers import common, sampling
 from verifier import verify
 

@@ -1,8 +1,5 @@
-"""What every stage shares: errors, flags, JSONL, run records, processes, models.
-
-Nothing here knows about the method: a stage calls these functions and stays a script that reads
-from top to bottom.
-"""
+"""What every stage shares: errors, flags, JSONL, run records, processes, models. Nothing here knows
+about the method."""
 import argparse
 import contextlib
 import hashlib
@@ -13,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +49,8 @@ class Parser(argparse.ArgumentParser):
     """Flags of a script, whose docstring is its --help. Errors are one line; no abbreviations."""
 
     def __init__(self, description: str, **more):
-        more = {"formatter_class": Formatter, "allow_abbrev": False} | more
-        super().__init__(description=description, **more)
+        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False,
+                         **more)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
@@ -69,34 +67,32 @@ def checked(kind: type, good):
     return parse
 
 
+POSITIVE, COUNT = checked(int, lambda n: n > 0), checked(int, lambda n: n >= 0)
+NOT_NEGATIVE = checked(float, lambda x: x >= 0)
+
+
 # --- JSONL files ----------------------------------------------------------------------------------
 class Place(NamedTuple):
-    """Where a record is, for read_at: a file may be larger than memory."""
+    """Where a record is: a file may be larger than memory."""
     path: Path
     offset: int
     size: int  # bytes
-    kept: object  # what scan() was told to keep of it
+    kept: object = None  # what scan() was told to keep of the record
+
+    def read(self) -> dict:
+        with open(self.path, "rb") as f:
+            f.seek(self.offset)
+            return json.loads(f.read(self.size))
 
 
-def open_input(path: str | Path):
-    """A file to read bytes from. Raises UserError naming it."""
-    try:
-        return open(path, "rb")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-
-
-def records_of(path: str | Path, fields=(), drop_torn=False) -> Iterator[tuple[int, Place, dict]]:
+def records_of(path: str | Path, fields=()) -> Iterator[tuple[int, Place, dict]]:
     """Line number, place and record of every line that is not blank, one JSON object each.
-
-    drop_torn=True forgets a last line without a newline, which is what a killed writer leaves.
-    Raises UserError naming `path:line` for a malformed line or a missing field.
-    """
+    Raises UserError naming `path:line` for a malformed line or a missing field."""
     offset = 0
-    with open_input(path) as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            place, offset = Place(path, offset, len(line), None), offset + len(line)
-            if not line.strip() or drop_torn and not line.endswith(b"\n"):
+            place, offset = Place(path, offset, len(line)), offset + len(line)
+            if not line.strip():
                 continue
             try:
                 record = json.loads(line)
@@ -110,16 +106,14 @@ def records_of(path: str | Path, fields=(), drop_torn=False) -> Iterator[tuple[i
             yield number, place, record
 
 
-def read_jsonl(path: str | Path, fields=(), drop_torn=False) -> list[dict]:
+def read_jsonl(path: str | Path, fields=()) -> list[dict]:
     """The records of a JSONL file, as records_of finds them."""
-    return [record for _, _, record in records_of(path, fields, drop_torn)]
+    return [record for _, _, record in records_of(path, fields)]
 
 
-def scan(paths: list[Path], keep) -> dict[tuple[str, int], Place]:
-    """Where each record is: {(id, sample): its Place, with keep(record)}.
-
-    Raises UserError naming `path:line` for a malformed record, or one that is there twice.
-    """
+def scan(paths: list[Path], keep=lambda record: None) -> dict[tuple[str, int], Place]:
+    """Where each record is: {(id, sample): its Place, with keep(record)}. Raises UserError naming
+    `path:line` for a malformed record, or one that is there twice."""
     found = {}
     for path in paths:
         for number, place, record in records_of(path, ("id", "sample")):
@@ -135,13 +129,6 @@ def scan(paths: list[Path], keep) -> dict[tuple[str, int], Place]:
     return found
 
 
-def read_at(path: Path, offset: int, size: int) -> dict:
-    """The record that scan() found there."""
-    with open(path, "rb") as f:
-        f.seek(offset)
-        return json.loads(f.read(size))
-
-
 def to_line(record: dict) -> str:
     # Lone surrogates are legal in a str but not in UTF-8; in ASCII any text can be written
     return json.dumps(record, ensure_ascii=True) + "\n"
@@ -153,10 +140,18 @@ def append_jsonl(path: str | Path, records: list[dict]) -> None:
         f.write("".join(map(to_line, records)))
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write aside and rename: a reader sees the old file or the new one, never half of it."""
+def cut_torn_line(path: Path) -> None:
+    """What a kill in mid-write leaves: a last line without a newline."""
+    with open(path, "rb+") as f:
+        f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+
+
+def write_atomic(path: str | Path, lines: Iterable[str]) -> None:
+    """Write aside and rename: a reader sees the old file or the new one, never half of it.
+    lines: may be more than memory holds; a text will do."""
     aside = Path(f"{path}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    with open(aside, "w", encoding="utf-8") as f:
+        f.writelines(lines)
     os.replace(aside, path)
 
 
@@ -165,12 +160,12 @@ def part_files(out: Path, name: str) -> list[Path]:
     return sorted(out.glob(f"{name}.rank*.part"))  # also those of ranks that this run does not have
 
 
-def open_part(out: Path, name: str, keep) -> tuple[Path, dict[tuple[str, int], Place]]:
+def open_part(out: Path, name: str,
+              keep=lambda record: None) -> tuple[Path, dict[tuple[str, int], Place]]:
     """The file that this rank appends to, and scan() of what all ranks have finished so far."""
     if rank() == 0:
         for path in part_files(out, name):
-            with open(path, "rb+") as f:  # a kill in mid-write leaves a torn last line
-                f.truncate(sum(len(line) for line in f if line.endswith(b"\n")))
+            cut_torn_line(path)
     barrier()
     done = scan(part_files(out, name), keep)
     barrier()  # nobody appends before everybody has read
@@ -181,12 +176,9 @@ def merge_parts(out: Path, name: str, order: dict[str, int]) -> None:
     """Rank 0 joins the part files into out/name.jsonl, by order[id] and then by sample."""
     barrier()
     if rank() == 0:
-        places = scan(part_files(out, name), keep=lambda record: None)
+        places = scan(part_files(out, name))
         keys = sorted(places, key=lambda key: (order[key[0]], key[1]))
-        aside = out / f"{name}.jsonl.tmp"
-        with open(aside, "w", encoding="ascii") as f:
-            f.writelines(map(to_line, (read_at(*places[key][:3]) for key in keys)))
-        os.replace(aside, out / f"{name}.jsonl")
+        write_atomic(out / f"{name}.jsonl", (to_line(places[key].read()) for key in keys))
         remove_parts(out, name)
     barrier()
 
@@ -199,16 +191,14 @@ def remove_parts(out: Path, name: str) -> None:
 
 # --- run records ----------------------------------------------------------------------------------
 def file_digest(path: str | Path) -> str:
-    """A short hash of a file's content. Raises UserError if it cannot be read."""
-    with open_input(path) as f:
+    """A short hash of a file's content."""
+    with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def model_digest(folder: Path) -> str:
-    """The same of a model: of each file's last MB and size, since weights are large.
-
-    Chat templates and the files of slow tokenizers are in it too: they change prompts.
-    """
+    """The same of a model, its tokenizer and chat template: of each file's last MB and size, since
+    weights are large."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (
             ".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -219,16 +209,22 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+# Flags of all stages that change a result by no more than float32 rounding (the learning rate is
+# constant, so --steps is one): they may differ when a run continues
+FREE = {"device", "decode_rows", "decode_tokens", "revise_tokens", "train_tokens", "shard", "steps",
+        "checkpoint_activations", "save_every", "keep", "samples", "log_to"}
+
+
 def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Path:
     """Make the output folder and its run.json, or check that it was begun with the same settings.
-
-    free: flags that do not change a result but for rounding, and may differ when a run continues.
-    facts: anything else that the result depends on (a digest of the data, say).
     Raises UserError naming the first difference. A folder with no more than a run.json has no
     result to protect: a command that failed can be corrected and run again.
+
+    free: further flags that may differ. facts: what else the result depends on (a digest of the
+    data, say).
     """
-    out = Path(out)
-    settings = {k: v for k, v in sorted(vars(args).items()) if k not in (*free, "out")} | facts
+    out, free = Path(out), {*FREE, *free}
+    settings = {k: v for k, v in sorted(vars(args).items()) if k not in free | {"out"}} | facts
     if isinstance(getattr(args, "model", None), str) and Path(args.model).is_dir():
         settings["model_digest"] = model_digest(Path(args.model))
     if getattr(args, "verifier", None) and verifying.file_of(args.verifier).is_file():
@@ -242,30 +238,30 @@ def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Pa
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"--out {out}: its run.json is damaged, so that nothing tells what the "
                             "folder holds") from None
-        for key in sorted((before.keys() | settings.keys()) - {*free}):  # it may be free since then
+        for key in sorted((before.keys() | settings.keys()) - free):  # it may be free since then
             if before.get(key) != settings.get(key):
                 flag = "--" + key.replace("_", "-")
                 raise UserError(f"--out {out} holds a run with {flag} {before.get(key)!r}, and "
                                 f"this one asks for {settings.get(key)!r}: choose another --out, "
                                 "or the same settings to continue")
     elif rank() == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out {out}: cannot be made ({e.strerror})") from None
-        try:
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=verifying.ROOT,
-                                    capture_output=True, text=True, check=False).stdout.strip()
-        except OSError:  # a machine without git
-            commit = ""
-        import transformers
+        out.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps({
-            "argv": sys.argv, "settings": settings, "git": commit or None,
+            "argv": sys.argv, "settings": settings, "git": git_commit(),
             "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "processes": world_size(),
+            "transformers": version("transformers"), "processes": world_size(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
     barrier()
     return out
+
+
+def git_commit() -> str | None:
+    """Of the stages; None outside of a repository and on a machine without git."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=verifying.ROOT,
+                              capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -281,10 +277,7 @@ def world_size() -> int:
 
 
 def process_timeout() -> timedelta:
-    """How long a process waits for another; at the end of a stage, for the slowest of all.
-
-    Raises UserError naming the variable.
-    """
+    """How long a process waits for another; at the end of a stage, for the slowest of all."""
     seconds = os.environ.get("LATENTREVISE_TIMEOUT", "7200")
     if not seconds.isdecimal() or not 0 < int(seconds) < 10**8:
         raise UserError(f"LATENTREVISE_TIMEOUT {seconds!r}: expected a number of seconds")
@@ -313,7 +306,7 @@ def barrier() -> None:
 
     A note goes between two processes at a time, so that rank 0 knows who is missing: a collective
     does not say, nor does monitored_barrier of a process that died before rank 0 came. Notes are
-    on the CPU, and so they pass through gloo beside NCCL as well.
+    on the CPU: gloo carries them beside NCCL.
     """
     others, note = range(1, world_size()) if rank() == 0 else [0], torch.zeros(1)
     for pass_note in (dist.recv, dist.send) if rank() == 0 else (dist.send, dist.recv):
@@ -327,7 +320,7 @@ def barrier() -> None:
 
 
 def gather(value: object) -> list:
-    """Every rank's value, in rank order, on every rank. Raises LostProcess."""
+    """Every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     barrier()  # says who is missing; the collective does not
@@ -347,7 +340,7 @@ class Counter:
         self.name, self.value = f"counter {next(self.numbers)}", 0
 
     def add(self, amount: int) -> int:
-        """The new value: each of several ranks that add 1 gets another. Raises LostProcess."""
+        """The new value: each of several ranks that add 1 gets another."""
         if world_size() > 1:
             try:
                 return store.add(self.name, amount)
@@ -358,11 +351,9 @@ class Counter:
 
 
 def run_script(get_args, main) -> None:
-    """Parse, join the other processes if torchrun started some, run main(args).
-
-    Ends in one line and an exit code: 2 for a UserError and for files that the system refuses, 1
-    for a LostProcess, 130 for Ctrl-C. The same command continues.
-    """
+    """Parse, join the other processes if torchrun started some, run main(args). Ends in one line
+    and an exit code: 2 for a UserError and for files that the system refuses, 1 for a LostProcess,
+    130 for Ctrl-C."""
     args = get_args()
     code = 0
     try:
@@ -390,19 +381,17 @@ def run_script(get_args, main) -> None:
 
 # --- models ---------------------------------------------------------------------------------------
 def add_model_args(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    parser.add_argument("--model", required=True, nargs="+" if several else None,
-                        help="Hugging Face causal LM: a folder or a hub id")
-    parser.add_argument("--device", default="auto",
-                        help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="of all computation; auto: float32 on a CPU, bfloat16 on a GPU")
+    add = parser.add_argument
+    add("--model", required=True, nargs="+" if several else None,
+        help="Hugging Face causal LM: a folder or a hub id")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+        help="of all computation; auto: float32 on a CPU, bfloat16 on a GPU")
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
-    """--device; auto is this process's own GPU where there is one. Raises UserError naming it.
-
-    Settles --dtype auto, which results depend on: call it before start_run.
-    """
+    """--device; auto is this process's own GPU where there is one. Settles --dtype auto, which
+    results depend on: call it before start_run. Raises UserError."""
     name = args.device
     if name == "cuda" or name == "auto" and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -414,7 +403,7 @@ def pick_device(args: argparse.Namespace) -> torch.device:
         torch.empty(0, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         raise UserError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
     return device
 
@@ -429,12 +418,9 @@ class Policy(NamedTuple):
 
 
 def load_model(args: argparse.Namespace, device: torch.device, train: bool = False) -> Policy:
-    """--model, ready to draw from: safetensors only, no remote code.
-
-    train=True gives float32 master weights, whatever --dtype. Raises UserError naming --model, also
-    for one that does more than embed, run its blocks and multiply by a head (scaled embeddings,
-    capped logits).
-    """
+    """--model, ready to draw from: safetensors only, no remote code. train: float32 master weights,
+    whatever --dtype. Raises UserError, also for a model that does more than embed, run its blocks
+    and multiply by a head (scaled embeddings, capped logits)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -487,9 +473,7 @@ def eos_ids(model, tokenizer) -> list[int]:
 @contextlib.contextmanager
 def checkpointed(model, on: bool):
     """With `on`, blocks are computed again in the backward instead of keeping their activations.
-
-    Transformers does so in training mode alone, so dropout is switched off by hand.
-    """
+    Transformers does so in training mode alone, so dropout is switched off by hand."""
     before = model.training
     if on:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -505,15 +489,13 @@ def checkpointed(model, on: bool):
             model.train(before)
 
 
-def batches_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in batches of at most max_tokens when padded, longest first: little is padding.
-
-    A single one may be longer.
-    """
+def batches_by_length(items: list, length, max_tokens: int) -> list[list]:
+    """Items in batches of at most max_tokens when padded, longest first: little is padding.
+    A single one may be longer. length: a function of an item."""
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for item in sorted(items, key=length, reverse=True):
         # the first of a batch is its longest, and so its padded length
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+        if not batches or (len(batches[-1]) + 1) * length(batches[-1][0]) > max_tokens:
             batches.append([])
-        batches[-1].append(i)
+        batches[-1].append(item)
     return batches

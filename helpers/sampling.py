@@ -3,9 +3,9 @@
 A row's random numbers depend on its key and nothing else (`uniforms`), and in float32 its text
 neither on its batch, when it joined, the number of processes nor a restart, up to rounding: logits
 of another batch shape differ in their last digits, and a uniform on a boundary of the CDF falls on
-its other side. Seen: two tokens in ten million with toy/sums_model, 64 slots against 7; the row
-differs from there on. The same shapes give the same bits. Sampling settings are the arguments
-alone, never those of a checkpoint's generation_config.
+its other side (seen: two tokens in ten million with toy/sums_model, 64 slots against 7). The same
+shapes give the same bits. Sampling settings are the arguments alone, never those of a checkpoint's
+generation_config.
 
 How the batch works. All live rows write their next key and value into the same column of one buffer
 per layer, so a row occupies the columns start .. end-1 and everything before its start is masked;
@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from helpers import common
-from helpers.common import UserError, checked
+from helpers.common import COUNT, POSITIVE, UserError, checked
 
 # Dimension key: P prompts, B rows of the batch, C columns of the KV cache, T tokens of a prompt,
 # V vocabulary, D model width
@@ -45,8 +45,8 @@ def row_key(*parts: object) -> int:
 
 def uniforms(keys: Tensor, position: int | Tensor) -> Tensor:
     """One float32 uniform in [0, 1) per row, (B,): a hash of (row key, position of the token in its
-    response), so no generator has a state to lose. splitmix64 (Steele et al. 2014) in wrapping
-    int64 arithmetic; `& mask` makes the right shifts logical."""
+    response). splitmix64 (Steele et al. 2014) in wrapping int64 arithmetic; `& mask` makes the
+    right shifts logical."""
     x = keys + (torch.as_tensor(position) + 1) * (0x9E3779B97F4A7C15 - 2**64)
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
@@ -294,9 +294,9 @@ def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, Dynamic
     groups = {}
     for row in rows:
         groups.setdefault(id(row) if row.ids else id(row.prompt), []).append(row)
-    groups = list(groups.values())
-    for indices in common.batches_by_length([len(g[0]) for g in groups], PREFILL_TOKENS):
-        firsts = [groups[i][0] for i in indices]
+    length = lambda group: len(group[0])
+    for batch in common.batches_by_length(list(groups.values()), length, PREFILL_TOKENS):
+        firsts = [group[0] for group in batch]
         P, T = len(firsts), max(map(len, firsts))
         x = torch.zeros(P, T, embed.embedding_dim, dtype=embed.weight.dtype, device=device)
         mask = torch.zeros(P, T, dtype=torch.long, device=device)  # left-padded
@@ -310,8 +310,8 @@ def prefill(model, rows: list[Row]) -> Iterator[tuple[list[Row], Tensor, Dynamic
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         out = model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=True,
                     past_key_values=new_cache(model.config), logits_to_keep=1)
-        source = torch.tensor([p for p, i in enumerate(indices) for _ in groups[i]], device=device)
-        rows = [row for i in indices for row in groups[i]]
+        source = torch.tensor([p for p, group in enumerate(batch) for _ in group], device=device)
+        rows = [row for group in batch for row in group]
         yield rows, out.logits[source, -1], out.past_key_values, source
 
 
@@ -333,12 +333,11 @@ def extend(policy: common.Policy, rows: list[Row], logits: Tensor, keys: Tensor,
 def decode(policy: common.Policy, rows: Iterable[Row], *, slots: int, max_tokens: int = 0,
            temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Iterator[list[Row]]:
     """Draw all rows, at most `slots` of them at a time; yields lists of those that finish together.
-
     rows are taken one by one as slots become free, so an iterator may decide late what comes next.
-    Ids at or beyond the policy's vocab are never produced. max_tokens: most in the KV cache, slots
-    times columns; 0 is no bound. Nothing is reserved for a row's future: when all columns together
-    outgrow it, the youngest rows are put back, and later prefilled again with what they have; a
-    prompt and its limit must fit on their own.
+
+    max_tokens: most in the KV cache, slots times columns; 0 is no bound. Nothing is reserved for a
+    row's future: when all columns together outgrow it, the youngest rows are put back, and later
+    prefilled again with what they have; a prompt and its limit must fit on their own.
     """
     batch, queue = Batch(policy.model, slots, max_tokens), Queue(rows)
     how = temperature, top_k, top_p
@@ -364,7 +363,7 @@ def decode(policy: common.Policy, rows: Iterable[Row], *, slots: int, max_tokens
 def sample(policy: common.Policy, prompts: list[Tensor], keys: list[list[int]], limits: list[int],
            *, slots: int = 0, **more) -> list[list[Row]]:
     """Responses to P prompts, as rows that are done: one per key of keys[p] to prompts[p], of at
-    most limits[p] tokens. slots: as in `decode`, 0 for all; more: the other settings there."""
+    most limits[p] tokens. slots (0 for all), more: as in `decode`."""
     rows = [[Row(p, key, n) for key in ks] for p, ks, n in zip(prompts, keys, limits, strict=True)]
     every = [row for of_prompt in rows for row in of_prompt]
     for _ in decode(policy, every, slots=slots or len(every), **more):
@@ -374,19 +373,18 @@ def sample(policy: common.Policy, prompts: list[Tensor], keys: list[list[int]], 
 
 # --- flags ----------------------------------------------------------------------------------------
 def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: int = 8192) -> None:
-    """Flags of every stage that samples; eval.py has the paper's longer limit."""
+    """Flags of every stage that samples."""
     add = parser.add_argument_group("sampling").add_argument
-    positive, natural = checked(int, lambda n: n > 0), checked(int, lambda n: n >= 0)
-    add("--max-new-tokens", type=positive, default=max_new_tokens,
+    add("--max-new-tokens", type=POSITIVE, default=max_new_tokens,
         help="[Table 7] longest response, in tokens: 8,192 in training, 32,000 in evaluation")
     add("--temperature", type=checked(float, lambda t: t >= 0), default=1.0, help="0 is greedy")
     add("--top-p", type=checked(float, lambda p: 0 < p <= 1), default=1.0, help="1 is off")
-    add("--top-k", type=natural, default=0, help="0 is off")
+    add("--top-k", type=COUNT, default=0, help="0 is off")
     add("--seed", type=int, default=0, help="all random numbers are functions of it")
-    add("--limit", type=natural, default=0, help="only the first so many problems; 0 for all")
-    add("--decode-rows", type=positive, default=64, help="most sequences decoded together")
-    add("--decode-tokens", type=natural, default=2**18, help="most tokens in the KV cache, prompts "
-        "and responses: the memory flag; 0 is no bound")
+    add("--limit", type=COUNT, default=0, help="only the first so many problems; 0 for all")
+    add("--decode-rows", type=POSITIVE, default=64, help="most sequences decoded together")
+    add("--decode-tokens", type=COUNT, default=2**18,
+        help="most tokens in the KV cache, prompts and responses: the memory flag; 0 is no bound")
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from helpers import common
-from helpers.common import Policy, UserError, checked
+from helpers.common import COUNT, POSITIVE, Policy, UserError, checked
 from helpers.sampling import row_key
 
 # Dimension key: B sequences, T time, M response tokens of a micro-batch, V vocabulary, D width
@@ -47,8 +47,6 @@ FILE_BYTES = 4 * 2**30  # of a model file, unless a single tensor is larger
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 REMEDY = "remove it, and the run continues from the one before"
 LOGGERS = ("tensorboard", "wandb")
-POSITIVE, COUNT = checked(int, lambda n: n > 0), checked(int, lambda n: n >= 0)  # argparse types
-NOT_NEGATIVE = checked(float, lambda x: x >= 0)
 
 
 # --- sharding -------------------------------------------------------------------------------------
@@ -56,10 +54,9 @@ def is_sharded(args: argparse.Namespace, device: torch.device) -> bool:
     """--shard auto: on for several GPUs and for bfloat16, also on one process: FSDP2 is what runs
     bfloat16 over float32 weights. It rounds them as the copy that samples and the reference have
     them, so that the ratio to the sampling policy starts at exactly 1 and the KL at 0. Autocast
-    would keep float32 between the blocks, and be a third policy. Raises UserError for off then.
-    """
+    would keep float32 between the blocks, and be a third policy."""
     if args.shard == "off" and args.dtype == "bfloat16":
-        raise UserError("--shard off: --dtype bfloat16 is computed by sharding; leave --shard out")
+        raise UserError("--shard off: --dtype bfloat16 is computed by sharding")
     return args.shard == "on" or args.shard == "auto" and (
         args.dtype == "bfloat16" or device.type == "cuda" and common.world_size() > 1)
 
@@ -77,8 +74,8 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
         how["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for module in [*blocks, model]:
-        # Moves its parameters to the device and keeps this process's rows of each. What is not
-        # trained keeps embedding and head gathered, since they do not change
+        # Keeps this process's rows of each parameter, on the device. What is not trained keeps
+        # embedding and head gathered, since they do not change
         fsdp.fully_shard(module, **how, reshard_after_forward=train or module is not model)
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)  # gradients are summed; the default is their mean
@@ -121,8 +118,8 @@ def refresh_actor(actor, model) -> None:
 # --- log-probabilities ----------------------------------------------------------------------------
 def micro_batches(rows: list[dict], max_tokens: int) -> list[list[dict]]:
     """Rows in batches of at most max_tokens padded tokens; a single row may be longer."""
-    lengths = [len(r["prompt_ids"]) + len(r["response_ids"]) for r in rows]
-    return [[rows[i] for i in batch] for batch in common.batches_by_length(lengths, max_tokens)]
+    return common.batches_by_length(
+        rows, lambda r: len(r["prompt_ids"]) + len(r["response_ids"]), max_tokens)
 
 
 def equal_batches(rows: list[dict], max_tokens: int) -> list[list[dict]]:
@@ -144,11 +141,10 @@ def head_logprobs(head, hidden: Tensor, targets: Tensor,
 def response_hidden(model, rows: list[dict],
                     prompt: str = "prompt_ids") -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states that predict each response token of the rows (M, D), those tokens (M,) and
-    their rows (M,). prompt: the field of the prompt's ids.
+    their rows (M,), row by row. prompt: the field of the prompt's ids.
 
-    Tokens come row by row. Rows are right-padded: under a causal mask padding is invisible to what
-    precedes it, so there is no mask to get wrong, and the tokens to score are chosen by length,
-    never by id (padding may equal EOS). No rows: one padding token goes through, and M is 0.
+    Rows are right-padded: under a causal mask padding is invisible to what precedes it, so there is
+    no mask to get wrong. No rows: one padding token goes through, and M is 0.
     """
     T = max((len(r[prompt]) + len(r["response_ids"]) for r in rows), default=1)
     ids = torch.zeros(max(len(rows), 1), T, dtype=torch.long)
@@ -169,11 +165,8 @@ def response_hidden(model, rows: list[dict],
 def response_logprobs(model, rows: list[dict], head_rows: int = HEAD_ROWS,
                       entropy: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probabilities of every response token of the rows (M,) with gradient, entropies (M,) if
-    asked, and the tokens' rows (M,).
-
-    The head runs on `head_rows` response positions at a time and is recomputed in the backward:
-    B x T x V logits never exist.
-    """
+    asked, and the tokens' rows (M,). The head runs on `head_rows` response positions at a time and
+    is recomputed in the backward: B x T x V logits never exist."""
     hidden, targets, owner = response_hidden(model, rows)
     head = model.get_output_embeddings()
     parts = [checkpoint(head_logprobs, head, hidden[s:s + head_rows], targets[s:s + head_rows],
@@ -196,11 +189,8 @@ def total(value: float) -> float:
 
 
 def apply_gradients(model, optimizer, grad_clip: float) -> float:
-    """Sum gradients over processes, clip their norm, step. Returns the norm before clipping.
-
-    Losses are divided by global token counts already, so gradients are summed and not averaged.
-    Those of a sharded model have been summed in the backward.
-    """
+    """Sum gradients over processes (those of a sharded model have been, in the backward), clip
+    their norm, step. Returns the norm before clipping."""
     params = [p for p in model.parameters() if p.requires_grad]
     common.barrier()  # says which process is missing, if one is; a collective does not
     if common.world_size() > 1 and not isinstance(model, fsdp.FSDPModule):
@@ -354,9 +344,9 @@ def load_checkpoint(out: Path, model, optimizer, steps: int) -> dict:
     if common.rank() == 0:
         for path in (out / "metrics.jsonl", out / "samples.jsonl"):
             if path.exists():
-                rows = common.read_jsonl(path, drop_torn=True)
-                common.write_atomic(path, "".join(
-                    common.to_line(r) for r in rows if r["step"] <= state["step"]))
+                common.cut_torn_line(path)
+                rows = [r for r in common.read_jsonl(path) if r["step"] <= state["step"]]
+                common.write_atomic(path, map(common.to_line, rows))
     common.barrier()
     return state
 
@@ -398,24 +388,26 @@ def logger(name: str) -> str:
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Flags that the trainers have in common."""
-    flag = parser.add_argument_group("training").add_argument
-    flag("--steps", type=POSITIVE, default=100, help="optimizer steps in all; a run that is not "
-         "finished may be continued with another number")
-    flag("--lr", type=checked(float, lambda x: 0 <= x < 1), default=1e-5,
-         help="[Table 7] constant learning rate of AdamW")
-    flag("--grad-clip", type=checked(float, lambda x: x > 0), default=1.0,
-         help="[Table 7] largest gradient norm")
-    flag("--train-tokens", type=POSITIVE, default=16384,
-         help="padded tokens per forward and backward: the memory flag of the update")
-    flag("--checkpoint-activations", action="store_true", help="recompute activations in every "
-         "backward: less memory for long rows, a third slower")
-    flag("--shard", default="auto", choices=["auto", "on", "off"], help="weights, gradients and "
-         "moments spread over all processes (FSDP2); auto: for bfloat16 and for several GPUs")
-    flag("--save-every", type=COUNT, default=50, help="steps between checkpoints; 0 for none")
-    flag("--keep", type=COUNT, default=2, help="checkpoints that stay; 0 for all. A run continues "
-         "from the last two; all are models for eval.py --model OUT/checkpoint-*")
-    flag("--log-to", nargs="*", type=logger, default=[], metavar="LOGGER",
-         help="metrics to tensorboard or wandb (WANDB_PROJECT) as well")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=POSITIVE, default=100,
+        help="optimizer steps in all; a run that is not finished may continue with another number")
+    add("--lr", type=checked(float, lambda x: 0 <= x < 1), default=1e-5,
+        help="[Table 7] constant learning rate of AdamW")
+    add("--grad-clip", type=checked(float, lambda x: x > 0), default=1.0,
+        help="[Table 7] largest gradient norm")
+    add("--train-tokens", type=POSITIVE, default=16384,
+        help="padded tokens per forward and backward: the memory flag of the update")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in every backward: less memory for long rows, a third slower")
+    add("--shard", default="auto", choices=["auto", "on", "off"],
+        help="weights, gradients and moments spread over all processes (FSDP2); auto: for bfloat16 "
+             "and for several GPUs")
+    add("--save-every", type=COUNT, default=50, help="steps between checkpoints; 0 for none")
+    add("--keep", type=COUNT, default=2,
+        help="checkpoints that stay; 0 for all. A run continues from the last two; all are models "
+             "for eval.py --model OUT/checkpoint-*")
+    add("--log-to", nargs="*", type=logger, default=[], metavar="LOGGER",
+        help="metrics to tensorboard or wandb (WANDB_PROJECT) as well")
 
 
 def check_plain_sampling(args: argparse.Namespace) -> None:
@@ -424,8 +416,3 @@ def check_plain_sampling(args: argparse.Namespace) -> None:
         if getattr(args, flag) != plain:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: training takes "
                             f"{plain} alone, since the policy that samples is the one that learns")
-
-
-# These do not change a result in float32: the learning rate is constant, so neither do --steps
-FREE = ("device", "train_tokens", "checkpoint_activations", "shard", "save_every", "keep", "steps",
-        "log_to")

@@ -25,14 +25,15 @@ DEFAULT = "verifier.py:verify"  # takes text alone for an answer
 
 
 def add_verifier_args(parser: argparse.ArgumentParser) -> None:
-    from helpers.common import checked  # not above: a worker needs none of it
-    parser.add_argument("--verifier", default=DEFAULT,
-                        help="path.py:function(response, answer) -> bool; a third parameter gets "
-                        "the problem, a dict, if it has no default or is called problem")
-    parser.add_argument("--verifier-workers", type=checked(int, lambda n: n >= 0), default=0,
-                        help="processes for a slow verifier; 0: in this one, without a limit")
-    parser.add_argument("--verifier-seconds", type=checked(float, lambda s: 0 < s < 1e6),
-                        default=10, help="a worker's time for a verdict; beyond it, it is wrong")
+    from helpers.common import COUNT, checked  # not above: a worker needs none of it
+    add = parser.add_argument
+    add("--verifier", default=DEFAULT,
+        help="path.py:function(response, answer) -> bool; a third parameter gets the problem, a "
+             "dict, if it has no default or is called problem")
+    add("--verifier-workers", type=COUNT, default=0,
+        help="processes for a slow verifier; 0: in this one, without a limit")
+    add("--verifier-seconds", type=checked(float, lambda s: 0 < s < 1e6), default=10,
+        help="a worker's time for a verdict; beyond it, it is wrong")
 
 
 def from_args(args: argparse.Namespace) -> "Verifier":
@@ -73,10 +74,8 @@ def judge(function, asked: list) -> tuple[bool, str]:
 
 class Verifier:
     """The function of --verifier. Called, it gives a verdict; submit() gives a future of one.
-    Raises UserError naming --verifier. `timeouts` counts the verdicts that took too long.
-
-    Not closed (common.run_script does it), Python waits at its end for what is under way.
-    """
+    Raises UserError naming --verifier. Not closed (common.run_script does it), Python waits at its
+    end for what is under way."""
 
     def __init__(self, spec: str, workers: int = 0, seconds: float = 10):
         self.spec, self.seconds = spec, seconds

@@ -63,8 +63,8 @@ def test_perturbed_prompts_begin_with_words_that_say_nothing(run):
 
 def test_text_goes_to_the_last_chat_message():
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}]
-    assert rollout.add_text(messages, "b", "a") == [messages[0], {"role": "user", "content": "b\n1+1?\na"}]
-    assert messages[1]["content"] == "1+1?" and rollout.add_text("1+1?") == "1+1?"
+    assert hint.add_text(messages, "b", "a") == [messages[0], {"role": "user", "content": "b\n1+1?\na"}]
+    assert messages[1]["content"] == "1+1?" and hint.add_text("1+1?") == "1+1?"
 
 
 @pytest.mark.parametrize("more,message", [

@@ -198,5 +198,5 @@ def test_overlap_with_a_training_file_is_printed_and_written(hub, tmp_path, caps
     shared = json.loads((hub.out / "overlap.json").read_text())
     assert {name: len(found["equal"]) for name, found in shared.items()} == {"math500": 3}
     args.overlap = str(tmp_path / "nope.jsonl")
-    with pytest.raises(common.UserError, match=r"nope\.jsonl: cannot be read"):
+    with pytest.raises(FileNotFoundError, match=r"nope\.jsonl"):
         get_data.main(args, {"math500": TABLE["one"], "aime24": TABLE["one"]})

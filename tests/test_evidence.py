@@ -15,9 +15,9 @@ from conftest import stage as run_stage
 from transformers import AutoTokenizer
 
 import revise
-from eval import wilson_interval
 from experiments import demo, evidence, plot, style, tables
 from experiments.benches import hours
+from experiments.demo import wilson_interval
 from helpers import common
 from helpers.common import UserError, to_line
 from toy import sums as toy

@@ -19,7 +19,7 @@ SOURCES = [*CORE, *sorted((ROOT / "baselines").glob("*.py"))]
 LIMITS = {
     # Somebody who wants to change the method reads these files first. To become 3000, and 150 so that lines do not get
     # denser instead
-    "lines of stages and helpers": 3950, "KB of stages and helpers": 203,
+    "lines of stages and helpers": 3812, "KB of stages and helpers": 197,
     # Two files side by side on a screen
     "lines over 100 columns": 0,
     # A function is one story

@@ -122,7 +122,7 @@ def with_teacher(problems, hint="The answer is {answer}.", model=None):
     args, tokenizer = opsd_args("--hint", hint), tiny_tokenizer()
     model = model or tiny_model("qwen2")
     policy = common.Policy(model, tokenizer, 0, [], model.config.max_position_embeddings)
-    rollout.add_prompts(policy, problems, args)
+    problems = rollout.add_prompts(policy, problems, args)
     train_opsd.add_teacher_prompts(policy, problems, args)
     return problems, tokenizer
 

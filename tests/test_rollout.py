@@ -383,7 +383,6 @@ def test_the_other_fields_of_a_problem_travel(tmp_path, model_dir, head, asks):
         assert (r["answer"], r["guide"], r["reward"]) == ({"2": 2}, "two", 0)
         assert r.get("problem_fields") == (read_as if asks else None)
         assert (repr(read_as) in seen) == asks and repr({"2": 2}) in seen
-        assert not asks or rollout.as_read(r) == read_as  # what revise.py hands on
     assert read(tmp_path / "o/zero_hit.jsonl") == [read_as]
 
 
@@ -431,7 +430,7 @@ def test_a_kill_loses_no_more_than_the_line_it_tore(tmp_path, model_dir, point, 
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "a")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b", kill_at=point, processes=processes)
     whole = {(r["id"], r["sample"]) for path in (tmp_path / "b").glob("rollouts*.*")
-             for r in common.read_jsonl(path, drop_torn=True)}
+             for r in map(json.loads, re.findall(r".*\n", path.read_text()))}
     assert 0 < len(whole) < 20 or point > 10
     (tmp_path / "v.py.log").write_text("")
     stage("rollout.py", *flags, "--verifier", verifier, "--out", tmp_path / "b")

@@ -180,12 +180,12 @@ def test_what_is_judged_is_written_before_an_error_of_the_verifier_is_raised(tmp
     """Two responses finish together; the verdict on the second one raises."""
     verdicts = iter([Future(), Future()])
 
-    def submit(verify, text, problem):
+    def submit(verify, text, answer, problem):
         verdict = next(verdicts)
         verdict.set_exception(UserError("--verifier: broken")) if problem["id"] == "p1" else verdict.set_result(True)
         return verdict
 
-    monkeypatch.setattr(rollout, "submit", submit)
+    monkeypatch.setattr(Verifier, "submit", submit)
     args = rollout.get_args(["--model", str(model_dir), "--data", str(write_problems(tmp_path / "d.jsonl", 2)), "-n",
                              "1", "--max-new-tokens", "1", "--device", "cpu", "--out", str(tmp_path / "o")])
     with pytest.raises(UserError, match="broken"):
