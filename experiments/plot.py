@@ -113,6 +113,7 @@ def headline(plt, docs: Path) -> None:
     fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 3.2), sharey=True)
     names = list(reversed(HEADLINE))
     for axis, (title, found) in zip(axes, panels.items()):
+        most = max(n for *_, n in found.values())
         for y, name in enumerate(names):
             for label, index, color, marker, shift in (("right answer", 0, ORANGE, "o", 0.16),
                                                        ("right reasoning too", 1, BLUE, "s", -0.16)):
@@ -124,7 +125,10 @@ def headline(plt, docs: Path) -> None:
                               zorder=3)
             if name not in found:
                 axis.text(1, y, "not run", color=GREY, fontsize=9, va="center")
-        axis.set_title(f"{title}\n{max(n for *_, n in found.values())} prompts", fontsize=10)
+            elif found[name][2] < most:
+                axis.text(0.99, y, f"{found[name][2]} prompts", color=GREY, fontsize=9, va="center", ha="right",
+                          transform=axis.get_yaxis_transform())
+        axis.set_title(f"{title}\n{most} prompts", fontsize=10)
         axis.set_xlim(0, 25 if title in TITLES.values() else None)  # one scale for the two worlds
         axis.set_yticks(range(len(names)), [HEADLINE[n] for n in names])
         axis.grid(axis="y", visible=False)
