@@ -1,11 +1,28 @@
 """Bad input ends in one line that names the file and line or the flag, with exit code 2 and nothing lost."""
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import READERS, SAMPLERS, STAGES, Trap, run, save, stage, tiny_model, tiny_tokenizer, write_verifier
+from conftest import (
+    READERS,
+    SAMPLERS,
+    SHAPE,
+    STAGES,
+    Trap,
+    run,
+    save,
+    stage,
+    tiny_model,
+    tiny_tokenizer,
+    write_verifier,
+)
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import common
+from helpers.common import UserError
 
 # --- problems ---------------------------------------------------------------------------------------------------------
 GOOD = b'{"id": "a", "problem": "1+1?", "answer": "2"}\n'
@@ -101,6 +118,14 @@ def test_bad_models(desk, name, kind):
     spoil(kind, desk.path / "model")
     desk.fails(name, f"--model {desk.path / 'model'}: .*{MODELS[kind]}", {"--model": desk.path / "model"})
     assert not (desk.path / "sprung").exists()  # pickled weights are never unpickled
+
+
+def test_a_model_that_scales_its_embeddings_is_refused(tmp_path):
+    """Gemma multiplies them by the square root of its width: a prefix moved in W would be another one."""
+    config = AutoConfig.for_model("gemma", **SHAPE, head_dim=8, initializer_range=0.15)
+    save(tmp_path, AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match="GemmaForCausalLM scales its embeddings or logits"):
+        common.load_model(Namespace(model=str(tmp_path), dtype="float32"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", [*READERS, "train_sft"])
