@@ -45,10 +45,15 @@ def add_text(problem: str | list[dict], before: str = "", after: str = "") -> st
     return [*problem[:-1], last | {"content": add_text(last["content"], before, after)}]
 
 
+def with_hint(p: dict, answer: str, args: argparse.Namespace) -> str | list[dict]:
+    """The problem with --hint after it, which tells an answer."""
+    return add_text(p["problem"], after=args.hint.replace("{answer}", answer))
+
+
 def other_prompt(p: dict, answer: str, args: argparse.Namespace) -> str | list[dict]:
     """The problem as it is sampled from: with the hint after it, or meaningless words before it."""
     if args.start == "hint":
-        return add_text(p["problem"], after=args.hint.replace("{answer}", answer))
+        return with_hint(p, answer, args)
     words = random.Random(row_key(args.seed, p["id"], "perturbed")).choices(LOREM, k=args.words)
     return add_text(p["problem"], before=" ".join(words).capitalize() + ".")
 

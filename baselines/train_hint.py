@@ -8,9 +8,10 @@ are drawn for a group without a hit as the group has. Differs from train_grpo.py
 """
 import argparse
 
+import revise
 import rollout
 import train_grpo
-from baselines.hint import HINT, add_text
+from baselines.hint import HINT, with_hint
 from helpers import common
 from helpers.common import Policy
 
@@ -20,11 +21,9 @@ PROBLEMS: dict[str, dict] = {}  # {id: problem}: recover() is given the failed r
 def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dict[str, dict]:
     """{id: right trajectory} for those of the failed rollouts, one a prompt, that can be
     recovered."""
-    hinted = []
-    for r in failed:
-        p, hint = PROBLEMS[r["id"]], args.hint.replace("{answer}", r["answer"])
-        told = {"problem": add_text(p["problem"], after=hint), "problem_fields": p}
-        hinted.append(p | told)  # problem_fields: what a verifier gets
+    problems = [PROBLEMS[r["id"]] for r in failed]
+    hinted = [p | {"problem": with_hint(p, revise.guide_of(p), args),
+                   "problem_fields": p} for p in problems]  # what a verifier gets
     hinted = rollout.add_prompts(policy, hinted, args)
     groups = train_grpo.sample_groups(policy, hinted, (*key, "hint"), args, verify)
     plain = {r["id"]: {k: r[k] for k in ("prompt_ids", "sample")} for r in failed}

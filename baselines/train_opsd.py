@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import revise
 import rollout
 import train_grpo
-from baselines.hint import HINT, add_text
+from baselines.hint import HINT, with_hint
 from helpers import common, training, verifying
 from helpers.common import NOT_NEGATIVE, Policy, UserError, checked
 
@@ -45,8 +45,7 @@ def add_teacher_prompts(policy: Policy, problems: list[dict], args: argparse.Nam
     """Give each problem its `teacher_ids`, the prompt that tells the gold answer, and leave room
     for them in its `limit`. Raises UserError."""
     for p in problems:
-        hint = args.hint.replace("{answer}", revise.guide_of(p))
-        hinted = add_text(p["problem"], after=hint)
+        hinted = with_hint(p, revise.guide_of(p), args)
         p["teacher_ids"] = rollout.prompt_ids(policy.tokenizer, hinted, args)
         room = policy.context - len(p["teacher_ids"])
         if room <= 0:

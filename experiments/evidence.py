@@ -29,6 +29,8 @@ FULL = {"hard": 180, "test": 60, "attempts": 3, "steps": 16, "long": 40, "batch"
 QUICK = {"hard": 16, "test": 3, "attempts": 1, "steps": 2, "long": 3, "batch": 2, "continuations": 2}
 
 LIKELY = "--min-logprob -0.5"
+REVISE = "--revise --template '{template}' --revise-tokens 4096"
+HINT = "{template}{{answer}}}}. Check your work."  # in the world's words, which its base models understand
 LR = "3e-4"  # of every training run: the toy models are small
 
 # name -> flags of revise.py. The first is the paper's method at its defaults; all others differ by their flags alone,
@@ -64,15 +66,14 @@ HARD = {
     "GRPO N=8": "",
     "GRPO N=16": "--group-size 16",
     "DAPO": "--algo dapo",
-    "OPSD": "--group-size 8 --hint '{template}{{answer}}}}. Check your work.'",
+    "OPSD": f"--group-size 8 --hint '{HINT}'",
     "SFT+LatentRevise": "revise/latentrevise/recovered.jsonl",
     "SFT+LatentRevise, sound only": "recovered-sound.jsonl",
     "SFT+LatentRevise, likely only": "revise/likely-only/recovered.jsonl",
-    "GRPO+LatentRevise": "--revise --template '{template}' --revise-tokens 4096",
-    "GRPO+LatentRevise, likely only": "--revise --template '{template}' --revise-tokens 4096 " + LIKELY,
-    "GRPO+LatentRevise, LUFFY": "--revise --template '{template}' --revise-tokens 4096 --injected-ratio luffy",
-    "GRPO+LatentRevise, likely only, LUFFY": "--revise --template '{template}' --revise-tokens 4096 "
-                                             "--injected-ratio luffy " + LIKELY}
+    "GRPO+LatentRevise": REVISE,
+    "GRPO+LatentRevise, likely only": f"{REVISE} {LIKELY}",
+    "GRPO+LatentRevise, LUFFY": f"{REVISE} --injected-ratio luffy",
+    "GRPO+LatentRevise, likely only, LUFFY": f"{REVISE} --injected-ratio luffy {LIKELY}"}
 TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
 SHAPED = ("GRPO+LatentRevise, LUFFY", "GRPO+LatentRevise, likely only, LUFFY")  # --all
 LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --all: more steps

@@ -1,6 +1,6 @@
 """Where does it pay to revise, and where to sample? Recovery and training against the base model's hit rate.
 
-    python -m experiments.frontier          both toy worlds, all rates, three base models: about 4 hours on two cores
+    python -m experiments.frontier          both toy worlds, all rates, three base models: six hours, estimated
     --worlds toy --rates 0.003 0 --seeds 0  a part; --no-train: recovery alone; --quick: to see that it runs
 
 A base model of evidence.py is trained on for a while with texts in which a first pass almost always makes the
@@ -10,19 +10,20 @@ without a hit in the first 32 samples. Every method continues the first failed r
 "at 8" counts eight tries, "at equal tokens" as many as the tokens of LatentRevise with eight pay for, at most 48.
 """
 import argparse
-import json
 import time
 from pathlib import Path
 
+import torch
+
 from experiments import demo, evidence, show, style, tables
 from experiments.demo import LENGTH, PROBLEMS, share, wilson_interval
+from experiments.evidence import HINT, LIKELY, REVISE
 from helpers import common
 
 RATES = {"toy": [0.003, 0.001, 0.0003, 0.0001, 0.0], "toy_words": [0.003, 0.0003]}  # self-correction, unasked
 SLIP = 0.95
 FULL = {"hard": 200, "measured": 256, "prompts": 100, "test": 60, "largest": 48, "steps": 16, "batch": 16, "adapt": 400}
 QUICK = {"hard": 12, "measured": 40, "prompts": 6, "test": 3, "largest": 4, "steps": 2, "batch": 2, "adapt": 4}
-HINT = "{template}{{answer}}}}. Check your work."  # in the world's words: what its base models understand
 
 # name -> flags of revise.py ({n}: continuations), or of another script
 EXPLORE, NOISE = "--alpha-guide 0 --gamma0 0.3", "--vertices random --gamma0"
@@ -37,8 +38,6 @@ RECOVERY = {
     "fresh samples": "rollout.py -n {n}",
     "answer hint": "-m baselines.hint -n {n} --hint '{hint}'",
     "perturbed prompt": "-m baselines.hint --from perturbed -n {n}"}
-LIKELY = evidence.LIKELY
-REVISE = "--revise --template '{template}' --revise-tokens 4096"
 TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py learns from
     "GRPO N=8": "", "GRPO N=16": "--group-size 16", "DAPO": "--algo dapo",
     "GRPO+LatentRevise": REVISE,
@@ -118,38 +117,48 @@ def train(world, out: Path, bases: dict, size: dict) -> None:
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
-def read(world, base: Path, name: str, budget: float | None = None) -> dict | None:
-    """One method on one base model: per number of tries (8, and as many as `budget` tokens a prompt pay for), counts of
-    prompts recovered and soundly; tokens; `moved` (share of a token's norm) and `kept`. None where it was not run."""
-    folder = base / "revise" / tables.slug(name)
-    if not (folder / "summary.json").exists():
-        return None
-    problems = {p["id"]: p["problem"] for p in common.read_jsonl(base / "rollouts/zero_hit.jsonl")}
-    length = {(r["id"], r["sample"]): len(r["response_ids"])
-              for r in common.read_jsonl(base / "rollouts/rollouts.jsonl")}
-    records = demo.first_attempts(folder)
-    fixed = tables.mean([tables.cost(r | {"failed_tokens": length.get((r["id"], r["sample"]), 0), "continuations": []})
-                         for r in records])
-    drawn = tables.mean([len(c["ids"]) for r in records for c in r["continuations"]])
+class Base:
+    """What is read of one base model, in its folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.problems = {p["id"]: p["problem"] for p in common.read_jsonl(folder / "rollouts/zero_hit.jsonl")}
+        self.failed = {(r["id"], r["sample"]): len(r["response_ids"])
+                       for r in common.read_jsonl(folder / "rollouts/rollouts.jsonl")}
+        args = argparse.Namespace(model=str(folder / "model"), dtype="float32")
+        self.W = common.load_model(args, torch.device("cpu")).model.get_input_embeddings().weight.detach()
+
+    def complete(self, name: str) -> bool:
+        return (self.folder / "revise" / tables.slug(name) / "summary.json").exists()
+
+    def records(self, name: str) -> list[dict]:
+        """Of one method, with the length of the failed rollout, which fresh samples do not have."""
+        return [r | {"failed_tokens": self.failed.get((r["id"], r["sample"]), 0)}
+                for r in demo.first_attempts(self.folder / "revise" / tables.slug(name))]
+
+
+def costs(records: list[dict]) -> tuple[float, float]:
+    """Tokens that a prompt costs before anything is drawn, and those of a try: means."""
+    return (tables.mean([tables.cost(r | {"continuations": []}) for r in records]),
+            tables.mean([len(c["ids"]) for r in records for c in r["continuations"]]))
+
+
+def read(world, base: Base, budget: float, name: str) -> dict:
+    """One method on one base model: for 8 tries, and for as many as `budget` tokens a prompt pay for, counts of
+    prompts recovered and soundly; of the latter also of right tries and sound ones; tokens; `moved` (share of a token's
+    norm) and `kept`."""
+    records = base.records(name)
+    fixed, each = costs(records)
     most = max(len(r["continuations"]) for r in records)
-    equal = most if budget is None else max(0, min(most, round((budget - fixed) / drawn)))
-    found = {"n": len(records), "tokens": fixed + 8 * drawn, "tries": equal,
-             "kept": tables.mean([r["kept"] for r in records]), "sound_right": [0, 0]}
+    equal = max(0, min(most, round((budget - fixed) / each)))
+    found = {"n": len(records), "tokens": fixed + 8 * each, "tries": equal,
+             "kept": tables.mean([r["kept"] for r in records]),
+             "moved": tables.mean([show.moved(base.W, r) for r in records if r["gammas"]])}
     for label, tries in (("8", 8), ("equal", equal)):
         right = [[c["response"] for c in r["continuations"][:tries] if c["reward"]] for r in records]
-        sound = [[world.is_sound(problems[r["id"]], text) for text in texts] for r, texts in zip(records, right)]
+        sound = [[world.is_sound(base.problems[r["id"]], text) for text in texts] for r, texts in zip(records, right)]
         found[label] = (sum(map(bool, right)), sum(map(any, sound)))
-    found["sound_right"] = (sum(map(sum, sound)), sum(map(len, right)))
-    return found | {"moved": moved(base, records)}
-
-
-def moved(base: Path, records: list[dict]) -> float:
-    """Mean displacement of a prefix token, as a share of its own norm."""
-    from revise import replay
-    policy = common.load_model(argparse.Namespace(model=str(base / "model"), dtype="float32"), "cpu")
-    W = policy.model.get_input_embeddings().weight.detach()
-    return tables.mean([float(show.displacement(W, replay(W, r), r["prefix_ids"]).mean())
-                        for r in records if r["gammas"]])
+    return found | {"sound_right": (sum(map(sum, sound)), sum(map(len, right)))}
 
 
 def hit_rate(base: Path) -> tuple[int, int]:
@@ -169,23 +178,20 @@ def measure(world, bases: dict) -> list[dict]:
     rows = []
     for rate in dict.fromkeys(rate for rate, _ in bases.values()):
         of = [base for base, (r, _) in bases.items() if r == rate]
-        budgets = {base: read(world, base, "LatentRevise")["tokens"] for base in of}
-        methods = {name: [read(world, base, name, budgets[base]) for base in of] for name in RECOVERY}
+        read_bases = [Base(folder) for folder in of]
+        budgets = [fixed + 8 * each for fixed, each in (costs(b.records("LatentRevise")) for b in read_bases)]
+        methods = {name: add([read(world, *pair, name) for pair in zip(read_bases, budgets)])
+                   for name in RECOVERY if all(b.complete(name) for b in read_bases)}
         hits, samples = map(sum, zip(*map(hit_rate, of)))
         arms = {}
         for arm in ("base", *TRAINING):
-            folders = [base / "eval" / (results(base)[0] if arm == "base" else f"{tables.slug(arm)}-model")
-                       for base in of if (base / "eval/results.json").exists()]
+            folders = [base / "eval" / (f"{base.name}-model" if arm == "base" else f"{tables.slug(arm)}-model")
+                       for base in of]
             values = [tables.pass_values(f / "test_hard") for f in folders if (f / "test_hard").exists()]
             if values:
                 arms[arm] = {k: [v[k] for v in values] for k in (1, 32)}
-        rows.append({"rate": rate, "hits": hits, "samples": samples, "arms": arms,
-                     "methods": {name: add(found) for name, found in methods.items() if all(found)}})
+        rows.append({"rate": rate, "hits": hits, "samples": samples, "arms": arms, "methods": methods})
     return rows
-
-
-def results(base: Path) -> list[str]:
-    return [row["model"] for row in json.loads((base / "eval/results.json").read_text())]
 
 
 def as_text(title: str, rows: list[dict]) -> str:
@@ -229,7 +235,9 @@ def figure(found: dict[str, list[dict]], out: Path) -> None:
                 right.plot(*zip(*on), "o", linestyle=line, color=colour, label=arm)
         left.set(title=f"{title}\nrecovered with right reasoning, %", ylim=(0, None))
         right.set(title="after training, pass@1 in %", ylim=(0, None))
-        for axis in (left, right):
+        trained = any(r["arms"] for r in rows)
+        right.set_visible(trained)
+        for axis in (left, right) if trained else (left,):
             axis.set(xscale="log", xlabel="hit rate of a sample, %")
             axis.legend(fontsize=8)
     style.save(fig, out / "frontier")

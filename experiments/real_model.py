@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-import revise
 from experiments import demo, show, tables
 from experiments.demo import wilson_interval
 from helpers import common
@@ -79,7 +78,7 @@ def read_arm(folder: Path, W: torch.Tensor, tokenizer) -> dict:
         "right": [proxies(tokenizer.decode(c["ids"], skip_special_tokens=True), r["answer"])
                   for r in records for c in r["continuations"] if c["reward"]],
         "kept": [r["kept"] for r in moved],
-        "moved": [float(show.displacement(W, revise.replay(W, r), r["prefix_ids"]).mean()) for r in moved]}
+        "moved": [show.moved(W, r) for r in moved]}
 
 
 def row(name: str, arm: dict) -> str:

@@ -25,6 +25,11 @@ def displacement(W: torch.Tensor, E: torch.Tensor, prefix_ids: list[int]) -> tor
     return (E - start).norm(dim=-1) / start.norm(dim=-1).clamp(min=1e-12)
 
 
+def moved(W: torch.Tensor, record: dict) -> float:
+    """Mean displacement of a record's soft prefix."""
+    return float(displacement(W, revise.replay(W, record), record["prefix_ids"]).mean())
+
+
 def explain(record: dict, tokenizer, W: torch.Tensor) -> list[dict]:
     """Per position: `token`, `projected`, `changed`, `moved` (its displacement), `toward` = [(token, weight)], heaviest
     first: Eq. (7) multiplied out. What is left to 1 stays on the position's own token."""

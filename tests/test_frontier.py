@@ -100,7 +100,7 @@ def test_every_command_is_taken_by_its_stage(tmp_path, monkeypatch):
             assert args.hint.replace("{answer}", "72") == " So the answer is \\boxed{72}. Check your work."
 
 
-def test_counts_at_eight_tries_and_at_equal_tokens(tmp_path, monkeypatch):
+def test_counts_at_eight_tries_and_at_equal_tokens(tmp_path):
     base = tmp_path / "base"
     (base / "revise/fresh-samples").mkdir(parents=True)
     (base / "rollouts").mkdir()
@@ -111,12 +111,15 @@ def test_counts_at_eight_tries_and_at_equal_tokens(tmp_path, monkeypatch):
     common.append_jsonl(base / "revise/fresh-samples/rollouts.jsonl", [
         {"id": i, "sample": s, "prompt_ids": [1] * 3, "response_ids": [1] * 5, "response": t, "finish": "eos",
          "reward": int("{22}" in t), "answer": "22"} for i in texts for s, t in enumerate(texts[i])])
-    (base / "revise/fresh-samples/summary.json").write_text("{}")
-    monkeypatch.setattr(frontier, "moved", lambda *_: 0.0)
-    found = frontier.read(toy, base, "fresh samples", budget=50.0)
+    (base / "model").symlink_to(demo.ROOT / "toy/sums_model")
+    base = frontier.Base(base)
+    assert not base.complete("fresh samples")
+    (base.folder / "revise/fresh-samples/summary.json").write_text("{}")
+    assert base.complete("fresh samples")
+    found = frontier.read(toy, base, 50.0, "fresh samples")
     assert found["8"] == (1, 0) and found["tokens"] == 8 * 5
     assert found["tries"] == 10 and found["equal"] == (2, 1) and found["sound_right"] == (1, 2)
-    assert frontier.read(toy, base, "fresh samples", budget=1e9)["tries"] == 12  # all that there are
-    assert frontier.read(toy, base, "fresh samples", budget=1.0)["equal"] == (0, 0)
+    assert frontier.read(toy, base, 1e9, "fresh samples")["tries"] == 12  # all that there are
+    assert frontier.read(toy, base, 1.0, "fresh samples")["equal"] == (0, 0)
     both = frontier.add([found, found])
     assert both["n"] == 4 and both["equal"] == (4, 2) and both["tries"] == 10

@@ -7,8 +7,10 @@ import torch
 
 import rollout
 from experiments.benches.revise import literal_frozen_step, literal_step, packed_step, random_failure
+from experiments.benches.rollout import compare
 from experiments.benches.tools import report, timed
-from helpers import common, sampling
+from helpers import common
+from helpers.common import UserError
 
 SHAPE = (140, 240, 60, 20)  # tokens of q, r, c, template and gold together: as GSM8K's of a 0.5B model
 PROMPTS, SAMPLES = 8, 8
@@ -33,40 +35,20 @@ def product_rate(config, dtype: torch.dtype, rows: int) -> float:
 
 
 def bench_sampling(policy: common.Policy, prompts: list[list[int]], limit: int, runs: int) -> None:
-    """64 responses at temperature 1, lengths as they come, of at most `limit` tokens."""
+    """Responses at temperature 1, lengths as they come, of at most `limit` tokens."""
     model, rows = policy.model, PROMPTS * SAMPLES
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-
-    def ours(seed: int) -> int:
-        keys = [[sampling.row_key(seed, p, s) for s in range(SAMPLES)] for p in range(PROMPTS)]
-        found = sampling.sample(policy, [*map(torch.tensor, prompts)], keys, [limit] * PROMPTS, slots=rows)
-        return sum(len(row.ids) for of_prompt in found for row in of_prompt)
-
-    def theirs(seed: int) -> int:
-        torch.manual_seed(seed)
-        out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                             repetition_penalty=1.0, num_return_sequences=SAMPLES, max_new_tokens=limit,
-                             eos_token_id=policy.eos, pad_token_id=policy.eos[0])[:, longest:]
-        ended = torch.isin(out, torch.tensor(policy.eos))
-        return int(torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).sum())
-
-    seconds = {ours: [], theirs: []}
-    for seed in range(runs):
-        for sampler, each in seconds.items():
-            tokens = []
-            spent = timed(lambda f=sampler, s=seed, t=tokens: t.append(f(s)))
-            each.append(1000 * spent / tokens[0])
-    fast, slow = (statistics.median(x) for x in seconds.values())
+    fast, slow, _ = compare(policy, [*map(torch.tensor, prompts)], SAMPLES, limit, rows, range(runs))
     body = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    achieved = 2 * body * 1000 / fast  # operations a second
     rate = product_rate(model.config, model.dtype, rows)
     report("real_sampling", fast, slow, "seconds per 1,000 tokens", dtype=str(model.dtype), rows=rows, limit=limit,
-           threads=torch.get_num_threads(), gflops=round(2 * body / fast * 1000 / 1e9),
-           product_gflops=round(rate / 1e9), share_of_products=round(2 * body / fast * 1000 / rate, 3))
+           threads=torch.get_num_threads(), gflops=round(achieved / 1e9), product_gflops=round(rate / 1e9),
+           share_of_products=round(achieved / rate, 3))
 
 
 def main(args: argparse.Namespace) -> None:
+    if not args.data:
+        raise UserError("real: --data names the problems whose prompts are used")
     how = rollout.get_args(["--model", args.model, "--data", args.data, "--out", "-", "--device", "cpu",
                             "--dtype", args.dtype, "--limit", str(PROMPTS)])
     policy = common.load_model(how, common.pick_device(how))

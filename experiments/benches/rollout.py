@@ -54,45 +54,52 @@ def outside_forward(model, function) -> dict[str, float]:
             "host_ms_per_step": round(1000 * (seconds - clocked.forward_seconds) / clocked.steps, 3)}
 
 
-def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: int, n: int, limit: int, eos: int,
-                   slots: int = 0, **facts) -> None:
-    """Seconds per 1,000 response tokens of `sample` and of generate(),
-    which takes `slots` rows at a time (0: all of them).
-
-    eos: that many ids end a response, so that lengths are geometric with a mean of vocabulary / eos tokens
-    (0: none does).
-    """
-    vocab = model.config.vocab_size
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(eos, vocab, (prompts, PROMPT), generator=generator).to(model.device)
-    stops, slots = list(range(eos)), slots or prompts * n
-    model.generation_config.eos_token_id = stops or None
-    policy = Policy(model, None, vocab, stops)
+def compare(policy: Policy, prompts: list[torch.Tensor], n: int, limit: int, slots: int, seeds: range) -> tuple:
+    """Seconds per 1,000 response tokens of n responses to every prompt by `sample` and by generate(), which takes
+    `slots` rows at a time: medians of interleaved runs; and the former as a function of the seed, to its lengths."""
+    model, stops = policy.model, torch.tensor(policy.eos)
+    model.generation_config.eos_token_id = policy.eos or None
+    T = max(map(len, prompts))
+    ids, mask = torch.zeros(2, len(prompts), T, dtype=torch.long)  # left-padded
+    for row, seen, prompt in zip(ids, mask, prompts):
+        row[T - len(prompt):], seen[T - len(prompt):] = prompt, 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
 
     def ours(seed: int) -> list[int]:
-        keys = [[sampling.row_key(seed, p, s) for s in range(n)] for p in range(prompts)]
-        found = sampling.sample(policy, list(ids), keys, [limit] * prompts, slots=slots)
+        keys = [[sampling.row_key(seed, p, s) for s in range(n)] for p in range(len(prompts))]
+        found = sampling.sample(policy, prompts, keys, [limit] * len(prompts), slots=slots)
         return [len(s.ids) for of_prompt in found for s in of_prompt]
 
     def theirs(seed: int) -> list[int]:
         torch.manual_seed(seed)
         lengths = []
-        for batch in ids.split(slots // n):
+        for batch, seen in zip(ids.split(slots // n), mask.split(slots // n)):
             out = model.generate(
-                batch, attention_mask=torch.ones_like(batch), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                num_return_sequences=n, max_new_tokens=limit, pad_token_id=0)[:, PROMPT:]
-            ended = out < eos
+                batch, attention_mask=seen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                repetition_penalty=1.0, num_return_sequences=n, max_new_tokens=limit, pad_token_id=0)[:, T:]
+            ended = torch.isin(out, stops.to(out.device))
             lengths += torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
         return lengths
 
-    ours(0), theirs(0)
     runs = {ours: [], theirs: []}
-    for seed in range(1, args.runs + 1):
+    for seed in seeds:
         for sampler, seconds in runs.items():
             lengths = []
-            seconds.append(1000 * timed(lambda f, seed, out: out.extend(f(seed)), sampler, seed, lengths)
-                           / sum(lengths))  # tokens
-    fast, slow = (statistics.median(x) for x in runs.values())
+            spent = timed(lambda f, seed, out: out.extend(f(seed)), sampler, seed, lengths)
+            seconds.append(1000 * spent / sum(lengths))  # tokens
+    return *(statistics.median(x) for x in runs.values()), ours
+
+
+def bench_sampling(model, measure: str, args: argparse.Namespace, *, prompts: int, n: int, limit: int, eos: int,
+                   slots: int = 0, **facts) -> None:
+    """Random prompts. eos: that many ids end a response, so that lengths are geometric with a mean of vocabulary / eos
+    tokens (0: none does). slots: 0 for all rows."""
+    vocab, slots = model.config.vocab_size, slots or prompts * n
+    generator = torch.Generator().manual_seed(2)
+    ids = list(torch.randint(eos, vocab, (prompts, PROMPT), generator=generator).to(model.device))
+    policy = Policy(model, None, vocab, list(range(eos)))
+    compare(policy, ids, n, limit, slots, range(1))  # for a start
+    fast, slow, ours = compare(policy, ids, n, limit, slots, range(1, args.runs + 1))
     ideal = sum(length - 1 for length in ours(1))  # the first token of a response comes from the pass over its prompt
     counts = outside_forward(model, lambda: ours(1))
     report(f"rollout_{measure}", fast, slow, "seconds per 1,000 tokens", prompts=prompts, samples=n, slots=slots,
