@@ -33,16 +33,21 @@ REVISE = "--revise --template '{template}' --revise-tokens 4096"
 HINT = "{template}{{answer}}}}. Check your work."  # in the world's words, which its base models understand
 LR = "3e-4"  # of every training run: the toy models are small
 
-# name -> flags of revise.py. The first is the paper's method at its defaults; all others differ by their flags alone,
-# but for fresh samples, which rollout.py draws
+# name -> flags of revise.py, or another script. The first is the paper's method at its defaults; {equal}: as many tries
+# as its tokens pay for
 RECOVERY = {
     "Controls": {
         "LatentRevise": "--attempts {attempts}",  # the tables take the first; training takes all
-        "fresh sampling": "",
-        "fresh sampling, equal compute": "",  # as many as the first one's tokens pay for
+        "fresh sampling": "rollout.py -n {continuations}",
+        "fresh sampling, equal compute": "rollout.py -n {equal}",
         "hard prefix": "--revision-steps 0",
         "random vertices": "--vertices random",
-        "permuted gold": "--gold permuted"},
+        "permuted gold": "--gold permuted",
+        "answer hint": "-m baselines.hint -n {continuations} --hint '{hint}'"},
+    "Longer steps without the gold answer": {
+        "no L_guide, gamma0 0.3": "--alpha-guide 0 --gamma0 0.3",
+        "random vertices, gamma0 0.3": "--vertices random --gamma0 0.3",
+        "random vertices, gamma0 0.3, equal compute": "--vertices random --gamma0 0.3 --continuations {equal}"},
     "Ablations of Table 3": {
         "no Frank-Wolfe (Adam, lr 0.01)": "--adam 0.01 --record-every 1",
         "no L_guide": "--alpha-guide 0",
@@ -100,34 +105,40 @@ def prepare(world, out: Path, bases: dict, size: dict) -> None:
                       f"--seed {seed} {PROBLEMS} --out {base}/rollouts", processes=2)
 
 
-def recover(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
-    """The variants of RECOVERY on the zero-hit prompts of every base model, into BASE/revise."""
-    groups = [of for group, of in RECOVERY.items() if everything or "--all" not in group]
-    variants = {name: flags for of in groups for name, flags in of.items() if not name.startswith("fresh")}
+def recovery_command(world, base: Path, name: str, flags: str, model: str, seed: int) -> str:
+    """One way to recover the zero-hit prompts of a base model, into BASE/revise."""
+    if flags.startswith("--"):
+        flags = (f"revise.py --rollouts {base}/rollouts {LENGTH} --revise-tokens 4096 --attempts 1 "
+                 f"--template '{world.TEMPLATE}' {flags}")
+    else:
+        flags += f" --data {base}/rollouts/zero_hit.jsonl {PROBLEMS}"
+    return f"{flags} --model {model} --seed {seed} --out {base}/revise/{tables.slug(name)}"
 
-    def fresh(base: Path, name: str, n: int) -> str:
-        seed, model = bases[base]
-        return (f"rollout.py --model {model} --data {base}/rollouts/zero_hit.jsonl -n {n} --seed {seed + 2000} "
-                f"{PROBLEMS} --out {base}/revise/{tables.slug(name)}")
+
+def recover(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
+    """The variants of RECOVERY on the zero-hit prompts of every base model."""
+    groups = [of for group, of in RECOVERY.items() if everything or "--all" not in group]
+    variants = {name: flags for of in groups for name, flags in of.items()}
+
+    def equal(base: Path, name: str) -> int:
+        """Tries that the tokens of the method pay for, by the length of those of the same variant."""
+        records = tables.Records(base)
+        ours, few = (records.variant(n) for n in ("LatentRevise", name.removesuffix(", equal compute")))
+        # denominators: failed rollouts; tokens of a try
+        return round(tables.mean([*map(tables.cost, ours)]) / tables.mean(
+            [len(c["ids"]) for r in few for c in r["continuations"]]))
 
     def command(base: Path, name: str, flags: str) -> str:
-        (seed, model), attempts = bases[base], "" if "--attempts" in flags else " --attempts 1"
-        return (f"revise.py --model {model} --rollouts {base}/rollouts {LENGTH} --revise-tokens 4096 --seed {seed} "
-                f"--template '{world.TEMPLATE}' --continuations {size['continuations']}{attempts} "
-                f"{flags.format(**size)} "
-                f"--out {base}/revise/{tables.slug(name)}")
+        (seed, model), revised = bases[base], flags.startswith("--")
+        flags = "--continuations {continuations} " * revised + flags
+        flags = flags.format(**size, hint=HINT.format(template=world.TEMPLATE),
+                             equal=equal(base, name) if "{equal}" in flags else 0)
+        # another seed for what samples from the problem, or it would draw its rollouts again
+        return recovery_command(world, base, name, flags, model, seed if revised else seed + 2000)
 
-    def samples(base: Path) -> int:
-        """Fresh samples that the tokens of the method pay for."""
-        records = tables.Records(base)
-        ours, few = (records.variant(name) for name in ("LatentRevise", "fresh sampling"))
-        each = sum(len(c["ids"]) for r in few for c in r["continuations"]) / (size["continuations"] * len(few))
-        # denominators: failed rollouts; tokens of a fresh sample
-        return round(sum(map(tables.cost, ours)) / len(ours) / each)
-
-    demo.run(out, *[command(base, name, flags) for base in bases for name, flags in variants.items()],
-             *[fresh(base, "fresh sampling", size["continuations"]) for base in bases])
-    demo.run(out, *[fresh(base, "fresh sampling, equal compute", samples(base)) for base in bases])
+    for later in (False, True):
+        demo.run(out, *[command(base, name, flags) for base in bases for name, flags in variants.items()
+                        if later == ("{equal}" in flags)])
 
 
 def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from experiments import demo, evidence, show, style, tables
-from experiments.demo import LENGTH, PROBLEMS, share, wilson_interval
+from experiments.demo import PROBLEMS, share, wilson_interval
 from experiments.evidence import HINT, LIKELY, REVISE
 from helpers import common
 
@@ -82,16 +82,9 @@ def filled(world, flags: str, size: dict) -> str:
 
 
 def recover(world, out: Path, bases: dict, size: dict) -> None:
-    def command(base: Path, seed: int, name: str, flags: str) -> str:
-        flags, data = filled(world, flags, size), f"--data {base}/rollouts/zero_hit.jsonl {PROBLEMS}"
-        if flags.startswith("--"):
-            flags = (f"revise.py --rollouts {base}/rollouts {LENGTH} --revise-tokens 4096 --attempts 1 "
-                     f"--template '{world.TEMPLATE}' {flags}")
-            data = ""
-        return f"{flags} {data} --model {base}/model --seed {seed + 2000} --out {base}/revise/{tables.slug(name)}"
-
-    demo.run(out, *[command(base, seed, name, flags) for base, (_, seed) in bases.items()
-                    for name, flags in RECOVERY.items()])
+    demo.run(out, *[evidence.recovery_command(world, base, name, filled(world, flags, size), f"{base}/model",
+                                              seed + 2000)
+                    for base, (_, seed) in bases.items() for name, flags in RECOVERY.items()])
 
 
 def train(world, out: Path, bases: dict, size: dict) -> None:

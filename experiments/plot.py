@@ -24,7 +24,8 @@ TITLES = {"toy": "toy world, sums", "toy_words": "toy world, word problems"}
 ARMS = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")
 VARIANTS = ("LatentRevise", "permuted gold", "random vertices", "hard prefix", "fresh sampling",
             "fresh sampling, equal compute", tables.ADAM, "no L_guide", "no L_explore", "no L_NLL", "rho 0.5",
-            "rho 0.2", "K 5", "K 20", "gamma0 0.3", "likely only")
+            "rho 0.2", "K 5", "K 20", "gamma0 0.3", "no L_guide, gamma0 0.3", "random vertices, gamma0 0.3",
+            "random vertices, gamma0 0.3, equal compute", "answer hint", "likely only")
 
 
 def steps(plt, worlds: dict, out: Path) -> None:

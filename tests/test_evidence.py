@@ -72,7 +72,7 @@ def base(tmp_path):
                                       "ids": [c["ids"] for c in r["continuations"]]}
                              for s in range(0, upto + 1, upto // 10)}
     for group in evidence.RECOVERY.values():
-        for name in group:
+        for name, flags in group.items():
             rows = steered if name == "permuted gold" else records
             if name == "K 20":
                 rows = [record(r["id"], [c["response"] for c in r["continuations"]],
@@ -81,7 +81,7 @@ def base(tmp_path):
                 losses = [[-1.0, 5.0 - 0.7 * k, 1.0] for k in range(10)]
                 rows = [r | {"curve": curve(r, 10), "losses": losses} for r in records]
             place = folder / "revise" / tables.slug(name)
-            if name.startswith("fresh"):  # of rollout.py
+            if not flags.startswith("--"):  # of rollout.py, or a baseline
                 write(place / "rollouts.jsonl", [
                     r | c | {"sample": m, "response_ids": c["ids"]} for r in rows
                     for m, c in enumerate(r["continuations"])])
@@ -216,12 +216,12 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     for command in commands:
         script, *argv = shlex.split(command.removeprefix("-m "))
         parsed.append((script, importlib.import_module(script.removesuffix(".py")).get_args(argv)))
-    hints = {a.hint for s, a in parsed if s == "baselines.train_opsd"}
+    hints = {a.hint for s, a in parsed if s in ("baselines.train_opsd", "baselines.hint")}
     assert {h.replace("{answer}", "72") for h in hints} == {" So the answer is \\boxed{72}. Check your work."}
     assert TOKENIZER.unk_token_id not in ids(hints.pop().replace("{answer}", "72"))
     equal = [a for s, a in parsed if s == "rollout.py" and a.out.endswith("equal-compute")]
     ours = tables.Records(base).variant("LatentRevise")
-    fresh = sum(len(c["ids"]) for r in ours for c in r["continuations"]) / 32  # fresh sampling wrote the same ones
+    fresh = sum(len(c["ids"]) for r in ours for c in r["continuations"]) / 8  # fresh sampling wrote the same
     assert equal[0].n == round(sum(map(tables.cost, ours)) / 4 / fresh)
     sound = [json.loads(line)["response"] for line in (base / "recovered-sound.jsonl").read_text().splitlines()]
     assert sound == [SOUND["hard-0"]]
