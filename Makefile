@@ -13,6 +13,7 @@ test: .venv/.dev
 
 evidence: .venv/.dev
 	$(BIN)/python -m experiments.evidence
+	$(BIN)/python -m experiments.frontier
 
 lint: .venv/.dev
 	$(BIN)/python -m ruff check .

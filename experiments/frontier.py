@@ -1,7 +1,9 @@
 """Where does it pay to revise, and where to sample? Recovery and training against the base model's hit rate.
 
-    python -m experiments.frontier          both toy worlds, all rates, three base models: six hours, estimated
-    --worlds toy --rates 0.003 0 --seeds 0  a part; --no-train: recovery alone; --quick: to see that it runs
+    python -m experiments.frontier    a part, which `make evidence` runs: recovery, at two rates of the first world
+    --rates 0.001 0 --seeds 0 1       other rates and base models; --worlds toy_words; --train: training as well
+    --all                             both worlds, all rates, three base models, training: six hours, estimated
+    --quick                           to see that it runs
 
 A base model of evidence.py is trained on for a while with texts in which a first pass almost always makes the
 world's mistake (0.95), and a share of the texts corrects itself unasked: RATES. So a hard prompt is hit at about that
@@ -239,11 +241,12 @@ def figure(found: dict[str, list[dict]], out: Path) -> None:
 # --- the script ------------------------------------------------------------------------------------------------------
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.Parser(__doc__, prog="python -m experiments.frontier")
-    parser.add_argument("--worlds", nargs="+", default=list(RATES), choices=list(RATES), help="toy worlds")
-    parser.add_argument("--rates", nargs="+", type=float, help="of self-correction; those of RATES if not given")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="base models of evidence.py")
-    parser.add_argument("--no-train", action="store_true", help="recovery alone")
-    parser.add_argument("--quick", action="store_true", help="to see that it runs")
+    parser.add_argument("--worlds", nargs="+", default=["toy"], choices=list(RATES), help="toy worlds")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.003, 0.0003], help="of self-correction, unasked")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="base models of evidence.py")
+    parser.add_argument("--train", action="store_true", help="not recovery alone")
+    parser.add_argument("--all", action="store_true", help="everything: both worlds, RATES, seeds 0 1 2, training")
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
     parser.add_argument("--tables", action="store_true", help="run no stage: count and draw what is complete")
     parser.add_argument("--out", default="out/evidence/frontier", help="output folder")
     return parser.parse_args(argv)
@@ -251,17 +254,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     begun, size, found = time.time(), QUICK if args.quick else FULL, {}
-    for name in args.worlds:
+    for name in RATES if args.all else args.worlds:
         world, out = evidence.WORLDS[name], Path(args.out) / name
-        rates = args.rates or RATES[name]
+        rates, seeds = (RATES[name], [0, 1, 2]) if args.all else (args.rates, args.seeds)
         if args.tables:
-            bases = {out / f"rate{rate:g}-seed{seed}": (rate, seed) for rate in rates for seed in args.seeds}
+            bases = {out / f"rate{rate:g}-seed{seed}": (rate, seed) for rate in rates for seed in seeds}
             bases = {b: of for b, of in bases.items() if (b / "revise/perturbed-prompt/summary.json").exists()}
         else:
-            starts = evidence.base_models(world, Path(args.out).parent / name, args.seeds)
+            starts = evidence.base_models(world, Path(args.out).parent / name, seeds)
             bases = adapt(world, out, starts, rates, size)
             recover(world, out, bases, size)
-            if not args.no_train:
+            if args.train or args.all:
                 train(world, out, bases, size)
         found[name] = measure(world, bases)
     text = "\n".join(as_text(name, rows) for name, rows in found.items())

@@ -114,23 +114,24 @@ def headline(plt, docs: Path) -> None:
     fig, axes = plt.subplots(1, len(panels), figsize=(9.6, 3.2), sharey=True)
     names = list(reversed(HEADLINE))
     for axis, (title, found) in zip(axes, panels.items()):
-        most = max(n for *_, n in found.values())
+        most, end = max(n for *_, n in found.values()), 25 if title in TITLES.values() else 90  # one for the two worlds
+        note = lambda y, text, axis=axis: axis.text(0.99, y, text, color=GREY, fontsize=9, va="center", ha="right",
+                                                    transform=axis.get_yaxis_transform())
         for y, name in enumerate(names):
-            for label, index, color, marker, shift in (("right answer", 0, ORANGE, "o", 0.16),
-                                                       ("right reasoning too", 1, BLUE, "s", -0.16)):
-                if name in found:
-                    k, n = found[name][index], found[name][2]
-                    low, high = wilson_interval(k, n)
-                    axis.plot([100 * low, 100 * high], [y + shift] * 2, color=color, linewidth=2, alpha=0.45)
-                    axis.plot(100 * k / n, y + shift, marker, color=color, markersize=6, label=label, clip_on=False,
-                              zorder=3)
-            if name not in found:
-                axis.text(1, y, "not run", color=GREY, fontsize=9, va="center")
-            elif found[name][2] < most:
-                axis.text(0.99, y, f"{found[name][2]} prompts", color=GREY, fontsize=9, va="center", ha="right",
-                          transform=axis.get_yaxis_transform())
+            *counts, n = found.get(name, (0, 0, 0))
+            if n and 100 * max(counts) / n > end:
+                note(y, "{:.0f} and {:.0f} % \u2192".format(*(100 * k / n for k in counts)))
+                continue
+            if n < most:
+                note(y, f"{n} prompts" if n else "not run")
+            for k, label, color, marker, shift in zip(counts if n else (), ("right answer", "right reasoning too"),
+                                                      (ORANGE, BLUE), "os", (0.16, -0.16)):
+                low, high = wilson_interval(k, n)
+                axis.plot([100 * low, 100 * high], [y + shift] * 2, color=color, linewidth=2, alpha=0.45)
+                axis.plot(100 * k / n, y + shift, marker, color=color, markersize=6, label=label, clip_on=False,
+                          zorder=3)
         axis.set_title(f"{title}\n{most} prompts", fontsize=10)
-        axis.set_xlim(0, 25 if title in TITLES.values() else None)  # one scale for the two worlds
+        axis.set_xlim(0, end)
         axis.set_yticks(range(len(names)), [HEADLINE[n] for n in names])
         axis.grid(axis="y", visible=False)
     axes[0].set_ylim(-0.6, len(names) - 0.4)
