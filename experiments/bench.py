@@ -28,14 +28,14 @@ from helpers import common
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["revise", "rollout", "grpo", "memory", "real", "hours"],
-                        help="[ours] what to measure")
-    parser.add_argument("--model", default="toy/sums_model", help="[ours] real: a model")
-    parser.add_argument("--data", help="[ours] real: its problems")
-    parser.add_argument("--device", default="auto", help="[ours] auto, cpu or cuda")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="[ours] as elsewhere")
-    parser.add_argument("--runs", type=int, default=5, help="[ours] interleaved runs of each; the median is reported")
-    parser.add_argument("--rounds", type=int, default=3, help="[ours] grpo: processes of each, in turn")
-    parser.add_argument("--only", choices=["ours", "trl", "plain"], help="[ours] grpo: one of them, in this process")
+                        help="what to measure")
+    parser.add_argument("--model", default="toy/sums_model", help="real: a model")
+    parser.add_argument("--data", help="real: its problems")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="as elsewhere")
+    parser.add_argument("--runs", type=int, default=5, help="interleaved runs of each; the median is reported")
+    parser.add_argument("--rounds", type=int, default=3, help="grpo: processes of each, in turn")
+    parser.add_argument("--only", choices=["ours", "trl", "plain"], help="grpo: one of them, in this process")
     return parser.parse_args(argv)
 
 

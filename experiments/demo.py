@@ -203,10 +203,10 @@ def training_figure(plt, out: Path, runs: dict[str, Path]) -> None:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="[ours] a smaller run, at most 2 minutes on 2 cores")
-    parser.add_argument("--model", default="toy/sums_model", help="[ours] base model, made by toy/sums.py")
-    parser.add_argument("--lr", default="3e-4", help="[ours] of every training run: the toy model is small")
-    parser.add_argument("--out", help="[ours] output folder; out/demo or out/demo-quick if not given")
+    parser.add_argument("--quick", action="store_true", help="a smaller run, at most 2 minutes on 2 cores")
+    parser.add_argument("--model", default="toy/sums_model", help="base model, made by toy/sums.py")
+    parser.add_argument("--lr", default="3e-4", help="of every training run: the toy model is small")
+    parser.add_argument("--out", help="output folder; out/demo or out/demo-quick if not given")
     return parser.parse_args(argv)
 
 
