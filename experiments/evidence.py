@@ -3,7 +3,7 @@
     python -m experiments.evidence     recovery and training in both worlds, fewer training arms in the second;
                                        it continues where it was stopped
     --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
-    --all            also other losses, and in the first world longer and shaped training
+    --all            also other losses, and in the first world longer and shaped training, and training with other draws
     --tables         runs no stage, counts and draws what is complete
     --write          and puts the tables below "## Tables" of docs/tables.md, the figures beside it
     --quick          a small run of the same code, not for reading
@@ -64,24 +64,28 @@ RECOVERY = {
         "losses as means": "--reduction mean",
         "no special tokens as vertices": "--vertex-rows text"}}
 
-# arm -> flags of train_grpo.py (OPSD: of train_opsd.py), or the file that train_sft.py learns from. Table 1 and more;
+# arm -> flags of train_grpo.py, another script, or the file that train_sft.py learns from. Table 1 and more;
 # {template}: the world's
 HARD = {
     "RFT": "rft-samples/rollouts.jsonl",
     "GRPO N=8": "",
     "GRPO N=16": "--group-size 16",
     "DAPO": "--algo dapo",
-    "OPSD": f"--group-size 8 --hint '{HINT}'",
+    "OPSD": f"-m baselines.train_opsd --group-size 8 --hint '{HINT}'",
     "SFT+LatentRevise": "revise/latentrevise/recovered.jsonl",
     "SFT+LatentRevise, sound only": "recovered-sound.jsonl",
     "SFT+LatentRevise, likely only": "revise/likely-only/recovered.jsonl",
     "GRPO+LatentRevise": REVISE,
     "GRPO+LatentRevise, likely only": f"{REVISE} {LIKELY}",
+    "GRPO+noise, gamma0 0.3": f"{REVISE} --vertices random --gamma0 0.3",
+    "GRPO+hint": f"-m baselines.train_hint --hint '{HINT}'",
     "GRPO+LatentRevise, LUFFY": f"{REVISE} --injected-ratio luffy",
     "GRPO+LatentRevise, likely only, LUFFY": f"{REVISE} --injected-ratio luffy {LIKELY}"}
 TABLE_2 = ("GRPO N=8", "GRPO N=16", "DAPO", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # on the full set
 SHAPED = ("GRPO+LatentRevise, LUFFY", "GRPO+LatentRevise, likely only, LUFFY")  # --all
 LONG = ("GRPO N=8", "GRPO+LatentRevise", "GRPO+LatentRevise, likely only")  # --all: more steps
+AGAIN = {"again-1": 1000, "again-2": 2000}  # --all: added to the seed of training, which draws prompts and responses
+AGAIN_ARMS = ("GRPO N=16", *LONG, "GRPO+hint")
 SECOND = [arm for arm in HARD if arm not in ("GRPO N=16", "DAPO", "OPSD", *SHAPED)]  # of the second world
 
 
@@ -141,6 +145,11 @@ def recover(world, out: Path, bases: dict, size: dict, everything: bool) -> None
                         if later == ("{equal}" in flags)])
 
 
+def grpo_command(flags: str, shared: str) -> str:
+    """flags: of train_grpo.py, or a fork of it and its flags."""
+    return f"{flags if flags.startswith('-m') else f'train_grpo.py {flags}'} {PROBLEMS} --samples 1 0 {shared}"
+
+
 def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
     """Every training arm from every base model, into BASE/train/SET, and pass@k of all on held-out problems."""
     fresh = size["continuations"] * size["attempts"]  # as many for rejection sampling as for revision
@@ -155,13 +164,12 @@ def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
     def command(base: Path, arm: str, folder: str, steps: int) -> str:
         """'' where there is nothing to learn from."""
         seed, model = bases[base]
-        shared = f"--model {model} --steps {steps} --lr {LR} --train-tokens 8192 --seed {seed}"
+        shared = (f"--model {model} --steps {steps} --lr {LR} --train-tokens 8192 "
+                  f"--seed {seed + AGAIN.get(folder, 0)}")
         flags, run = HARD[arm].format(template=world.TEMPLATE), f"--out {base}/train/{folder}/{tables.slug(arm)}"
         if not flags.endswith(".jsonl"):
             data = "data/train.jsonl" if folder == "full" else "rollouts/zero_hit.jsonl"
-            script = "-m baselines.train_opsd" if arm == "OPSD" else "train_grpo.py"
-            return (f"{script} {shared} {PROBLEMS} --batch-size {size['batch']} --samples 1 0 "
-                    f"--data {base}/{data} {flags} {run}")
+            return grpo_command(flags, f"{shared} --batch-size {size['batch']} --data {base}/{data} {run}")
         if not any(r["reward"] for r in common.read_jsonl(base / flags)):
             return ""
         return f"train_sft.py {shared} --batch-size 64 --data {base}/{flags} {run}"
@@ -169,7 +177,8 @@ def train(world, out: Path, bases: dict, size: dict, everything: bool) -> None:
     first = world is toy
     sets = {"hard": ([arm for arm in HARD if everything or arm not in SHAPED] if first else SECOND, size["steps"]),
             "full": (TABLE_2 if first else (), size["steps"]),
-            "long": (LONG if first and everything else (), size["long"])}
+            "long": (LONG if first and everything else (), size["long"]),
+            **{folder: (AGAIN_ARMS if first and everything else (), size["steps"]) for folder in AGAIN}}
     runs = {(base, folder): {arm: command(base, arm, folder, steps) for arm in arms}
             for base in bases for folder, (arms, steps) in sets.items() if arms}
     demo.run(out, *[c for arms in runs.values() for c in arms.values() if c])
@@ -187,7 +196,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="toy worlds")
     parser.add_argument("--seeds", nargs="+", type=int, help="base models of each world; 0 1 2, with --quick 0")
     parser.add_argument("--out", help="output folder; out/evidence or out/evidence-quick if not given")
-    parser.add_argument("--all", action="store_true", help="more variants and training arms: 25 minutes more")
+    parser.add_argument("--all", action="store_true", help="more variants and training arms: 40 minutes more")
     parser.add_argument("--tables", action="store_true", help="run no stage: count and draw what is complete")
     parser.add_argument("--write", action="store_true", help="also into docs/")
     return parser.parse_args(argv)
@@ -216,7 +225,8 @@ def main(args: argparse.Namespace) -> None:
     bases = {name: found for name, found in bases.items() if found}
     if not bases:
         raise UserError(f"--tables: nothing in {root} is complete")
-    text = tables.everything(WORLDS, bases, RECOVERY, {"hard": list(HARD), "full": TABLE_2, "long": LONG})
+    arms = {"hard": list(HARD), "full": TABLE_2, "long": LONG, **dict.fromkeys(AGAIN, AGAIN_ARMS)}
+    text = tables.everything(WORLDS, bases, RECOVERY, arms)
     common.write_atomic(root / "tables.md", text)
     plot.everything(WORLDS, bases, root)
     if args.write:

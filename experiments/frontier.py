@@ -98,9 +98,8 @@ def train(world, out: Path, bases: dict, size: dict) -> None:
         if flags.endswith(".jsonl"):
             right = any(r["reward"] for r in common.read_jsonl(base / "revise" / flags))
             return f"train_sft.py {shared} --batch-size 64 --data {base}/revise/{flags}" if right else ""
-        script, flags = (flags, "") if flags.startswith("-m") else ("train_grpo.py", flags)
-        return (f"{script} {shared} {PROBLEMS} --batch-size {size['batch']} --samples 1 0 "
-                f"--data {base}/rollouts/zero_hit.jsonl {flags}")
+        return evidence.grpo_command(
+            flags, f"{shared} --batch-size {size['batch']} --data {base}/rollouts/zero_hit.jsonl")
 
     runs = {base: {arm: command(base, seed, arm, flags) for arm, flags in TRAINING.items()}
             for base, (_, seed) in bases.items()}

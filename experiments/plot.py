@@ -72,7 +72,7 @@ def variants(plt, worlds: dict, out: Path) -> None:
 def training(plt, bases: dict[str, list[Path]], out: Path) -> None:
     """Learning curves: reward of the policy's own samples, and rescued groups. Mean over base models; thin: each."""
     sets = {f"{TITLES[name]}, {folder} set": [base / "train" / folder for base in of] for name, of in bases.items()
-            for folder in tables.SETS if any((base / "train" / folder).exists() for base in of)}
+            for folder in ("hard", "full", "long") if any((base / "train" / folder).exists() for base in of)}
     fig, axes = plt.subplots(2, len(sets), figsize=(WIDTH * len(sets), 5), squeeze=False,
                              sharex="col")
     for column, (title, folders) in zip(axes.T, sets.items()):

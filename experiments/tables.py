@@ -21,7 +21,9 @@ from verifier import verify
 ADAM = "no Frank-Wolfe (Adam, lr 0.01)"
 GROUPS = ("LatentRevise", ADAM, "gamma0 0.3")  # variants whose trajectories are looked at closely
 SETS = {"hard": "Trained on the zero-hit prompts", "full": "Trained on the full set",
-        "long": "Trained on the zero-hit prompts for 40 steps (--all)"}
+        "long": "Trained on the zero-hit prompts for 40 steps (--all)",
+        "again-1": "Trained on the zero-hit prompts with other draws (--all)",
+        "again-2": "And with others again (--all)"}
 # What made the data of an arm: folder below BASE, processes that worked on it
 DATA = {"RFT": ("rft-samples", 2), "SFT+LatentRevise": ("revise/latentrevise", 1),
         "SFT+LatentRevise, sound only": ("revise/latentrevise", 1),

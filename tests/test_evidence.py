@@ -216,7 +216,7 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
     for command in commands:
         script, *argv = shlex.split(command.removeprefix("-m "))
         parsed.append((script, importlib.import_module(script.removesuffix(".py")).get_args(argv)))
-    hints = {a.hint for s, a in parsed if s in ("baselines.train_opsd", "baselines.hint")}
+    hints = {a.hint for s, a in parsed if s.startswith("baselines.")}
     assert {h.replace("{answer}", "72") for h in hints} == {" So the answer is \\boxed{72}. Check your work."}
     assert TOKENIZER.unk_token_id not in ids(hints.pop().replace("{answer}", "72"))
     equal = [a for s, a in parsed if s == "rollout.py" and a.out.endswith("equal-compute")]
