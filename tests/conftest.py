@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a missing folder is not looked for on the hub
+# Read at import: a missing folder is not looked for on the hub, and --device auto is the CPU on every machine
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import pytest
 import torch
@@ -141,6 +142,12 @@ def args_for(tmp_path: Path, *extra: str) -> argparse.Namespace:
     return rollout.get_args(["--model", "m", "--data", "d", "--out", str(tmp_path), *extra])
 
 
+def here(module: str, *args):
+    """A stage, or another module that is a script, in this process; what its main() returns."""
+    script = importlib.import_module(module)
+    return script.main(script.get_args(list(map(str, args))))
+
+
 def run(script: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """A stage, or a module, as a user runs it, through python or torchrun: seconds of imports every time."""
     launcher = [sys.executable] if processes == 1 else [
@@ -149,7 +156,7 @@ def run(script: str, *args, processes: int = 1, check: bool = True) -> subproces
     result = subprocess.run(
         [*launcher, *what, *map(str, args)], capture_output=True, text=True, timeout=300, check=False,
         cwd=None if script.endswith(".py") else ROOT,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"})
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert not check or result.returncode == 0, result.stderr
     return result
 

@@ -9,16 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import (
-    NEVER,
-    read,
-    stage,
-    tiny_model,
-    tiny_tokenizer,
-    without_seconds,
-    write_problems,
-    write_verifier,
-)
+from conftest import NEVER, read, stage, tiny_model, tiny_tokenizer, without_seconds, write_problems, write_verifier
 from safetensors.torch import load_file
 from test_train import (
     SELECTIVE,

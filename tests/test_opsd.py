@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 from conftest import read, run, stage, tiny_model, tiny_tokenizer, write_problems, write_verifier
-from test_train import (
-    SELECTIVE,
-    SIZES,
-    assert_same_gradients,
-    assert_same_runs,
-    gradients,
-    make_rows,
-)
+from test_train import SELECTIVE, SIZES, assert_same_gradients, assert_same_runs, gradients, make_rows
 
 import rollout
 from baselines import train_opsd

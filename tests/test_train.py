@@ -9,6 +9,7 @@ from conftest import (
     TOKENS,
     WRAPPER,
     assert_same_files,
+    here,
     read,
     same_draws,
     stage,
@@ -22,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import eval as evaluation
 import rollout
 import train_sft
 from helpers import common, training
@@ -231,22 +231,18 @@ def test_steps_is_free_until_the_run_is_finished(tmp_path, straight):
     assert_same_files(out, tmp_path / "o")
 
 
-@pytest.mark.parametrize("keep,steps", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4]), (9, [1, 2, 3, 4])])
-def test_the_last_checkpoints_stay(tmp_path, model_dir, keep, steps):
-    data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
-    out = tmp_path / "o"
-    train_sft.main(sft_args(model_dir, data, out, "--steps", "5", "--batch-size", "1", "--save-every", "1",
-                            "--keep", str(keep)))
-    assert sorted(p.name for p in out.glob("checkpoint*")) == [f"checkpoint-{step:06d}" for step in steps]
-    assert not list(out.glob("*/optimizer*"))  # nothing continues a finished run
-
-
-def test_checkpoints_before_the_last_two_are_models_alone(tmp_path):
-    policy = common.Policy(tiny_model("qwen2"), tiny_tokenizer(), TOKENS, [1])
-    optimizer = training.make_optimizer(policy.model, argparse.Namespace(lr=0.1))
-    for step in (1, 2, 3, 4):
-        training.save_checkpoint(tmp_path, policy, optimizer, {"step": step}, keep=3)
-    assert {p.name[-1]: len(list(p.glob("optimizer*"))) for p in tmp_path.iterdir()} == {"2": 0, "3": 3, "4": 3}
+@pytest.mark.parametrize("keep,steps", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4]), (3, [2, 3, 4])])
+def test_the_last_checkpoints_stay_and_where_nothing_continues_they_are_models_alone(
+        tmp_path, model_dir, monkeypatch, keep, steps):
+    data, out = write_rows(tmp_path / "d.jsonl", make_rows(SIZES)), tmp_path / "o"
+    args = sft_args(model_dir, data, out, "--steps", "5", "--batch-size", "1", "--save-every", "1", "--keep", str(keep))
+    optimizers = lambda: {p.name: len(list(p.glob("optimizer*"))) for p in out.glob("checkpoint*")}
+    with monkeypatch.context() as unfinished:
+        unfinished.setattr(training, "finish", lambda *_: None)
+        train_sft.main(args)
+    assert optimizers() == {f"checkpoint-{step:06d}": 3 * (step > 2) for step in steps}  # a run continues from two
+    train_sft.main(args)
+    assert optimizers() == {f"checkpoint-{step:06d}": 0 for step in steps}
 
 
 def test_eval_takes_checkpoints_as_models(tmp_path, straight):
@@ -254,10 +250,9 @@ def test_eval_takes_checkpoints_as_models(tmp_path, straight):
     out, flags = straight
     stage("train_sft.py", *flags, "--steps", 4, "--out", tmp_path / "four")
     models = [*sorted(out.glob("checkpoint-*")), out / "model", tmp_path / "four" / "model"]
-    results = evaluation.main(evaluation.get_args(list(map(str, [
-        "--model", *models, "--data", write_problems(tmp_path / "test.jsonl"), "--out", tmp_path / "eval", "-n", 4,
-        "--k", 1, "--device", "cpu", "--max-new-tokens", 12,
-        "--verifier", write_verifier(tmp_path / "v.py", SELECTIVE)]))))
+    results = here("eval", "--model", *models, "--data", write_problems(tmp_path / "test.jsonl"), "-n", 4, "--k", 1,
+                   "--max-new-tokens", 12, "--verifier", write_verifier(tmp_path / "v.py", SELECTIVE),
+                   "--out", tmp_path / "eval")
     numbers = [{k: v for k, v in r.items() if k not in ("model", "seconds")} for r in results]
     assert len(numbers) == 4 and numbers[1] == numbers[3] and numbers[0] != numbers[1] != numbers[2]
 
