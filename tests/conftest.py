@@ -96,7 +96,6 @@ class Shapes(TorchDispatchMode):
 # Hits and misses from a random model. The last character is one that a continuation has, whatever its prefix
 PARITY = "def verify(response, gold):\n    return len(response) % 2 == 1\n"
 QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
-NEVER = "def verify(response, gold):\n    return False\n"
 WRAPPER = ("Solve the following math problem step by step. The last line of your response should be of the form "
            "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your "
            "answer on its own line after \"Answer:\".")  # DAPO's
