@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 # Read at import: a missing folder is not looked for on the hub, and --device auto is the CPU on every machine
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= ENV
 
 import pytest
 import torch
@@ -147,15 +148,15 @@ def here(module: str, *args):
     return script.main(script.get_args(list(map(str, args))))
 
 
-def run(script: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """A stage, or a module, as a user runs it, through python or torchrun: seconds of imports every time."""
+def run(script: str, *args, processes: int = 1, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """A stage, or a module, as a user runs it, through python or torchrun: seconds of imports every time.
+    env: more variables."""
     launcher = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     result = subprocess.run(
         [*launcher, *what, *map(str, args)], capture_output=True, text=True, timeout=300, check=False,
-        cwd=None if script.endswith(".py") else ROOT,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
+        cwd=None if script.endswith(".py") else ROOT, env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | ENV | env)
     assert not check or result.returncode == 0, result.stderr
     return result
 

@@ -63,10 +63,9 @@ def finished(tmp_path_factory, model_dir):
     """Two models on two problem sets."""
     path = tmp_path_factory.mktemp("eval")
     other = save(path / "other", tiny_model("qwen3", tied=False, seed=3))
-    flags = ["--model", model_dir, other, "--data", write_problems(path / "one.jsonl", 5),
-             write_problems(path / "two.jsonl", 3),
-             "-n", 4, "--k", 1, 3, "--max-new-tokens", 6, "--device", "cpu", "--decode-rows", 8,
-             "--verifier", write_verifier(path / "v.py")]
+    sets = write_problems(path / "one.jsonl", 5), write_problems(path / "two.jsonl", 3)
+    flags = ["--model", model_dir, other, "--data", *sets, "-n", 4, "--k", 1, 3, "--max-new-tokens", 6,
+             "--decode-rows", 8, "--verifier", write_verifier(path / "v.py")]
     result = stage("eval.py", *flags, "--out", path / "out")
     return path / "out", flags, result
 

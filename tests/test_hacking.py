@@ -39,8 +39,7 @@ def test_each_task_goes_through_sampling_revision_and_training(files, model_dir,
     """A random model answers nothing: what is kept, refused and steered toward is looked at."""
     p = PROBLEMS[problem]
     (files / "data.jsonl").write_text(json.dumps(p))
-    shared = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 12, "--verifier", f"{files / name}:check",
-              *flags]
+    shared = ["--model", model_dir, "--max-new-tokens", 12, "--verifier", f"{files / name}:check", *flags]
     stage("rollout.py", *shared, "--data", files / "data.jsonl", "-n", 2, "--out", files / "r")
     assert read(files / "r" / "zero_hit.jsonl") == [p | {"id": str(p["id"])}]  # every field
     assert [r["answer"] for r in read(files / "r" / "rollouts.jsonl")] == [p["answer"]] * 2

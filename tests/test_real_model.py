@@ -27,8 +27,7 @@ def test_a_sound_continuation_computes_its_answer(text, answer, expected):
 
 
 def test_the_table_counts_what_the_stages_wrote(tmp_path, model_dir, capsys):
-    flags = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 12, "--verifier",
-             write_verifier(tmp_path / "v.py", QUARTER)]
+    flags = ["--model", model_dir, "--max-new-tokens", 12, "--verifier", write_verifier(tmp_path / "v.py", QUARTER)]
     stage("rollout.py", *flags, "--data", write_problems(tmp_path / "d.jsonl", 8), "-n", 2, "--out", tmp_path / "r")
     stage("rollout.py", *flags, "--data", tmp_path / "r" / "zero_hit.jsonl", "-n", 3, "--seed", 1,
           "--out", tmp_path / "arms" / "fresh")

@@ -395,8 +395,8 @@ def counting_verifier(path, extra: str = "") -> str:
 
 
 def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir):
-    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 12), "-n", 2,
-             "--max-new-tokens", 12, "--device", "cpu", "--decode-rows", 2]
+    data = write_problems(tmp_path / "d.jsonl", 12)
+    flags = ["--model", model_dir, "--data", data, "-n", 2, "--max-new-tokens", 12, "--decode-rows", 2]
     stage("rollout.py", *flags, "--verifier", write_verifier(tmp_path / "v.py"), "--out", tmp_path / "a")
     slow = counting_verifier(tmp_path / "w.py", "time.sleep(0.3 * (RANK == '0'))")
     bar = stage("rollout.py", *flags, "--verifier", slow, "--out", tmp_path / "b", processes=2).stderr

@@ -35,17 +35,16 @@ class World:
         self.W = model.get_input_embeddings().weight.detach()
         self.verifier = write_verifier(path / "v.py", QUARTER)
         stage("rollout.py", "--model", saved, "--data", write_problems(path / "d.jsonl", 12), "-n", 4,
-              "--out", path / "rollouts", "--max-new-tokens", 14, "--device", "cpu", "--verifier", self.verifier)
+              "--out", path / "rollouts", "--max-new-tokens", 14, "--verifier", self.verifier)
         self.rows = read(path / "rollouts" / "rollouts.jsonl")
         hit = {r["id"] for r in self.rows if r["reward"]}
         self.failed = [r for r in self.rows if r["id"] not in hit]
 
     def revise(self, out, *flags, **how):
-        """The records; None of a run that is to be killed."""
-        stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--out", out,
-              "--device", "cpu", "--verifier", self.verifier, "--revise-tokens", 240, "--max-new-tokens", 14,
-              "--continuations", M, *flags, **how)
-        return None if "kill_at" in how else read(out / "revised.jsonl")
+        """The records."""
+        stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--verifier", self.verifier,
+              "--revise-tokens", 240, "--max-new-tokens", 14, "--continuations", M, "--out", out, *flags, **how)
+        return read(out / "revised.jsonl")
 
     def keys(self, r):
         return [sampling.row_key(0, r["id"], r["sample"], "revised", m) for m in range(M)]
@@ -245,13 +244,15 @@ def test_the_projection_and_rows_advised_for_real_models_equal_brute_force(world
 
 @pytest.mark.parametrize("passes,tokens,zero,short", [(True, 4, 0, 0), (False, 1, 0, 10)],
                          ids=["no-failure", "one-token"])
-def test_prompts_without_a_rollout_to_revise_leave_empty_files(tmp_path, model_dir, passes, tokens, zero, short):
+def test_prompts_without_a_rollout_to_revise_leave_empty_files(
+        tmp_path, model_dir, capsys, passes, tokens, zero, short):
     verifier = write_verifier(tmp_path / "v.py", f"def verify(response, gold):\n    return {passes}\n")
-    flags = ["--model", model_dir, "--device", "cpu", "--verifier", verifier]
-    stage("rollout.py", *flags, "--data", write_problems(tmp_path / "d.jsonl"), "-n", 2, "--max-new-tokens", tokens,
-          "--out", tmp_path / "r")
-    result = stage("revise.py", *flags, "--rollouts", tmp_path / "r", "--out", tmp_path / "o")
-    assert f"0 of {zero} zero-hit prompts" in result.stdout and f"{short} too short to cut" in result.stdout
+    flags = ["--model", model_dir, "--verifier", verifier]
+    here("rollout", *flags, "--data", write_problems(tmp_path / "d.jsonl"), "-n", 2, "--max-new-tokens", tokens,
+         "--out", tmp_path / "r")
+    here("revise", *flags, "--rollouts", tmp_path / "r", "--out", tmp_path / "o")
+    said = capsys.readouterr().out
+    assert f"0 of {zero} zero-hit prompts" in said and f"{short} too short to cut" in said
     assert json.loads((tmp_path / "o" / "summary.json").read_text())["skipped_too_short"] == short
     assert (tmp_path / "o" / "revised.jsonl").read_text() == (tmp_path / "o" / "recovered.jsonl").read_text() == ""
 
@@ -263,15 +264,14 @@ def test_an_untied_qwen3_goes_through_every_stage(tmp_path):
     for r in world.revise(tmp_path / "o"):
         assert r["projected_ids"] == (revise.replay(world.W, r) @ world.W[:TOKENS].T).argmax(-1).tolist()
     assert (tmp_path / "o" / "recovered.jsonl").read_text()
-    sampled = ["--device", "cpu", "--verifier", world.verifier]
-    stage("train_sft.py", "--model", world.model_dir, "--data", tmp_path / "o" / "recovered.jsonl", "--steps", 2,
-          "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "sft")
-    stage("train_grpo.py", "--model", tmp_path / "sft" / "model", "--data", tmp_path / "rollouts" / "zero_hit.jsonl",
-          "--steps", 1, "--batch-size", 3, "--group-size", 4, "--max-new-tokens", 10, "--revise", *sampled,
-          "--out", tmp_path / "grpo")
-    result = stage("eval.py", "--model", world.model_dir, tmp_path / "grpo" / "model", "--data", tmp_path / "d.jsonl",
-                   "-n", 2, "--k", 1, "--max-new-tokens", 6, *sampled, "--out", tmp_path / "eval")
-    assert "| grpo-model |" in result.stdout.replace("| model |", "| grpo-model |", 1)
+    sampled = ["--max-new-tokens", 10, "--verifier", world.verifier]
+    here("train_sft", "--model", world.model_dir, "--data", tmp_path / "o" / "recovered.jsonl", "--steps", 2,
+         "--batch-size", 4, "--out", tmp_path / "sft")
+    here("train_grpo", "--model", tmp_path / "sft" / "model", "--data", tmp_path / "rollouts" / "zero_hit.jsonl",
+         "--steps", 1, "--batch-size", 3, "--group-size", 4, "--revise", *sampled, "--out", tmp_path / "grpo")
+    models = [world.model_dir, tmp_path / "grpo" / "model"]
+    assert len(here("eval", "--model", *models, "--data", tmp_path / "d.jsonl", "-n", 2, "--k", 1, *sampled,
+                    "--out", tmp_path / "eval")) == 2
 
 
 # --- problem formats --------------------------------------------------------------------------------------------------

@@ -118,8 +118,7 @@ def write_rows(path, rows, **more):
 
 
 def sft_args(model_dir, data, out, *extra):
-    return train_sft.get_args(["--model", str(model_dir), "--data", str(data), "--out", str(out), "--device", "cpu",
-                               *extra])
+    return train_sft.get_args(["--model", str(model_dir), "--data", str(data), "--out", str(out), *extra])
 
 
 def test_sft_gradient_equals_the_mean_cross_entropy_for_every_micro_batch_budget(tmp_path, model_dir, monkeypatch):
@@ -176,8 +175,8 @@ def test_sft_is_the_same_on_one_and_two_processes_and_sharded(tmp_path, model_di
     data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
     for n, shard in ((1, "off"), (1, "on"), (2, "off"), (2, "on")):
         out = tmp_path / f"{n}-{shard}"
-        stage("train_sft.py", "--model", model_dir, "--data", data, "--steps", 3, "--batch-size", size, "--device",
-              "cpu", "--train-tokens", 20, "--shard", shard, "--out", out, processes=n)
+        stage("train_sft.py", "--model", model_dir, "--data", data, "--steps", 3, "--batch-size", size,
+              "--train-tokens", 20, "--shard", shard, "--out", out, processes=n)
         assert_same_metrics(tmp_path / "1-off", out, 1e-6 if shard == "off" else 1e-5)
         assert_same_training(tmp_path / "1-off", out, load_file(model_dir / "model.safetensors"))
 
@@ -206,8 +205,7 @@ def test_sft_reads_plain_rows_and_leaves_out_failed_ones(tmp_path, model_dir):
 def straight(tmp_path_factory, model_dir):
     path = tmp_path_factory.mktemp("sft")
     data = write_rows(path / "d.jsonl", make_rows(SIZES))
-    flags = ["--model", model_dir, "--data", data, "--device", "cpu", "--batch-size", 3, "--steps", 6,
-             "--save-every", 2, "--lr", 0.01]
+    flags = ["--model", model_dir, "--data", data, "--batch-size", 3, "--steps", 6, "--save-every", 2, "--lr", 0.01]
     stage("train_sft.py", *flags, "--out", path / "o")
     return path / "o", flags
 
