@@ -103,14 +103,6 @@ def test_results_equal_a_recount_from_the_saved_samples(finished):
             assert cell.startswith(f"{100 * expected:.2f} [{100 * low:.1f}, {100 * high:.1f}]")
 
 
-def test_a_second_run_samples_nothing_and_gives_the_same_bytes(finished):
-    out, flags, first = finished
-    before, times = files(out), {p: p.stat().st_mtime_ns for p in out.rglob("rollouts.jsonl")}
-    again = stage("eval.py", *flags, "--out", out)
-    assert again.stdout == first.stdout and "rollout/s" not in again.stderr
-    assert files(out) == before and {p: p.stat().st_mtime_ns for p in out.rglob("rollouts.jsonl")} == times
-
-
 def test_two_processes_draw_the_same_and_print_one_table(tmp_path, finished):
     out, flags, first = finished
     result = stage("eval.py", *flags, "--out", tmp_path / "o", processes=2)
@@ -119,7 +111,7 @@ def test_two_processes_draw_the_same_and_print_one_table(tmp_path, finished):
     assert result.stdout == first.stdout.replace(theirs, mine)  # the two are equal but for a draw on a boundary
 
 
-def test_models_sets_and_ks_join_a_folder_and_what_it_holds_needs_no_model(tmp_path, finished, monkeypatch):
+def test_models_sets_and_ks_join_a_folder_and_what_it_holds_needs_no_model(tmp_path, finished, monkeypatch, capsys):
     _, first, other, _, one, two, *more = map(str, finished[1])
     loaded, load = [], common.load_model
     monkeypatch.setattr(common, "load_model", lambda args, device: loaded.append(args.model) or load(args, device))
@@ -134,6 +126,9 @@ def test_models_sets_and_ks_join_a_folder_and_what_it_holds_needs_no_model(tmp_p
     assert loaded == [other]
     results = evaluate("--model", first, other, "--data", one, two, "--k", "1", "2")
     assert loaded == [first, other] and len(results) == 4 and list(results[0]["pass"]) == ["1", "2"]
+    whole, printed = files(tmp_path / "o"), capsys.readouterr().out.splitlines()[-4:]
+    assert evaluate("--model", first, other, "--data", one, two, "--k", "1", "2") == results and not loaded
+    assert files(tmp_path / "o") == whole and capsys.readouterr().out.splitlines() == printed
     moved = shutil.copy(one, str(tmp_path / "one.jsonl"))  # the same problems from elsewhere
     assert evaluate("--model", first, "--data", moved, "--k", "1", "2") == results[:1] and not loaded
     assert files(tmp_path / "o/qwen2/one") == before

@@ -1,5 +1,4 @@
 """The verifier's rules as tables: by topic, gold answers, the answers that are right and those that are wrong."""
-
 import subprocess
 import sys
 import time
