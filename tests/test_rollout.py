@@ -387,7 +387,7 @@ def test_same_files_for_any_batch_size_and_number_of_processes(tmp_path, model_d
 
 
 def counting_verifier(path, extra: str = "") -> str:
-    """PARITY that also notes every call in path.log: the rank and the length of the response."""
+    """PARITY that also notes the rank of every call in path.log."""
     return write_verifier(path, f"import os, time\nRANK = os.environ.get('RANK', '0')\n"
                           "def verify(response, gold):\n"
                           f"    with open({f'{path}.log'!r}, 'a') as f: f.write(RANK + '\\n')\n"
