@@ -256,7 +256,7 @@ def box(answer: str) -> str:
 @pytest.mark.parametrize("topic", TABLE)
 def test_rules(topic):
     wrong = [row for row in ROWS if row[0] == topic and verify(box(row[2]), row[1]) is not row[3]]
-    assert not wrong, "\n".join(f"gold {gold!r}, answer {answer!r}: should be {right}" for _, gold, answer,
+    assert not wrong, "\n".join(f"gold {gold!r:.99}, answer {answer!r:.99}: should be {right}" for _, gold, answer,
         right in wrong)
 
 
