@@ -256,4 +256,6 @@ def test_real_processes_end_in_one_line_each_and_exit_code_2(tmp_path, model_dir
     result = start("rollout.py", "--model", model_dir, "--data", tmp_path / "nope.jsonl", "--out", tmp_path / "o",
                    processes=processes, check=False)
     assert result.returncode == 2 and result.stdout == "" and not (tmp_path / "o").exists()
-    assert re.fullmatch(r"(rollout\.py: error: .*nope\.jsonl: No such file.*\n)" f"{{{processes}}}", result.stderr)
+    said = re.findall(r"rollout\.py: error: .*nope\.jsonl: No such file.*\n", result.stderr)
+    assert len(said) == processes and "Traceback" not in result.stderr
+    assert processes > 1 or said == [result.stderr]  # gloo may have a word to say
