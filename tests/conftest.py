@@ -11,7 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a missing folder is not looked for on the hub
+# Read at import: a missing folder is not looked for on the hub, and --device auto is the CPU on every machine
+ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= ENV
 
 import pytest
 import torch
@@ -95,7 +97,6 @@ class Shapes(TorchDispatchMode):
 # Hits and misses from a random model. The last character is one that a continuation has, whatever its prefix
 PARITY = "def verify(response, gold):\n    return len(response) % 2 == 1\n"
 QUARTER = "def verify(response, gold):\n    return sum(map(ord, response[-1:])) % 4 == 1\n"
-NEVER = "def verify(response, gold):\n    return False\n"
 WRAPPER = ("Solve the following math problem step by step. The last line of your response should be of the form "
            "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your "
            "answer on its own line after \"Answer:\".")  # DAPO's
@@ -141,15 +142,21 @@ def args_for(tmp_path: Path, *extra: str) -> argparse.Namespace:
     return rollout.get_args(["--model", "m", "--data", "d", "--out", str(tmp_path), *extra])
 
 
-def run(script: str, *args, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """A stage, or a module, as a user runs it, through python or torchrun: seconds of imports every time."""
+def here(module: str, *args):
+    """A stage, or another module that is a script, in this process; what its main() returns."""
+    script = importlib.import_module(module)
+    return script.main(script.get_args(list(map(str, args))))
+
+
+def run(script: str, *args, processes: int = 1, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """A stage, or a module, as a user runs it, through python or torchrun: seconds of imports every time.
+    env: more variables."""
     launcher = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     result = subprocess.run(
         [*launcher, *what, *map(str, args)], capture_output=True, text=True, timeout=300, check=False,
-        cwd=None if script.endswith(".py") else ROOT,
-        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"})
+        cwd=None if script.endswith(".py") else ROOT, env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | ENV | env)
     assert not check or result.returncode == 0, result.stderr
     return result
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT, STAGES, read, save
+from conftest import ROOT, STAGES, read, run, save
 from test_faults import World
 
 from toy import sums as toy
@@ -83,9 +83,9 @@ def usage(pid: int) -> tuple[int, int]:
 
 def long(args: argparse.Namespace, path: Path) -> bool:
     """GRPO with revision on the toy model, under torchrun, watched from outside."""
-    python, out = [sys.executable], path / "grpo"
-    subprocess.run([*python, "-m", "toy.sums", "data", "--out", str(path / "data")], cwd=ROOT, check=True)
-    command = [*python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py",
+    out = path / "grpo"
+    run("toy.sums", "data", "--out", path / "data")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_grpo.py",
                "--model", "toy/sums_model", "--data", str(path / "data/hard.jsonl"), "--out", str(out), "--revise",
                "--device", "cpu", "--steps", str(args.steps), "--batch-size", "4", "--group-size", "4",
                "--max-new-tokens", "96", "--instruction", "", "--template", toy.TEMPLATE, "--save-every", "20",
@@ -131,11 +131,8 @@ def torchrun(args: argparse.Namespace, path: Path) -> bool:
     for what, name in ((signal.SIGKILL, "dies"), (signal.SIGSTOP, "hangs")):
         (world.path / "trigger").write_text(f"1 4 {int(what)}")
         start = time.time()
-        result = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "rollout.py",
-             *map(str, world.flags["rollout"]), "--out", str(path / name)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "LATENTREVISE_TIMEOUT": "6", "HF_HUB_OFFLINE": "1"})
+        result = run("rollout.py", *world.flags["rollout"], "--out", path / name, processes=3, check=False,
+                     LATENTREVISE_TIMEOUT="6")
         told = [line for line in result.stderr.splitlines() if " stops: rank " in line]
         told += re.findall(r"Root Cause.*?(rank +: \d+).*?(exitcode +: -?\d+)", result.stderr, re.DOTALL)
         print(f"rank 1 {name}: exit {result.returncode} after {time.time() - start:.0f} s; {told}")

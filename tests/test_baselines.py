@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import PARITY, read, tiny_tokenizer, write_problems, write_verifier
+from conftest import PARITY, here, read, tiny_tokenizer, write_problems, write_verifier
 
 import rollout
 from baselines import hint
@@ -20,7 +20,7 @@ def run(tmp_path, model_dir):
              "--max-new-tokens", 10, "--verifier", write_verifier(tmp_path / "v.py", PARITY), "--out", tmp_path / "o"]
 
     def run(*more):
-        hint.main(hint.get_args([*map(str, flags), *more]))
+        here("baselines.hint", *flags, *more)
         return (read(tmp_path / "o/rollouts.jsonl"), read(tmp_path / "o/recovered.jsonl"),
                 json.loads((tmp_path / "o/summary.json").read_text()))
     return run

@@ -144,21 +144,18 @@ def test_the_answer_of_gsm8k_is_what_follows_its_solution():
 
 def test_the_script_and_a_model_by_id_follow_the_hubs_variables(hub, tmp_path, model_dir):
     """In processes of their own: huggingface_hub reads its variables when it is imported."""
-    def fetch(out: Path, **env) -> tuple[int, str, str]:
-        code = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ["get_data.py"]
+    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 import argparse, torch; from helpers import common; from recipes import get_data
 table = {{"math500": get_data.Source("org/one", "test.jsonl", "question", "answer", 3, None)}}
-common.run_script(lambda: get_data.get_args(["math500", "--out", {str(out)!r}]), lambda a: get_data.main(a, table))
+common.run_script(lambda: get_data.get_args(["math500", "--out", sys.argv[1]]), lambda a: get_data.main(a, table))
 args = argparse.Namespace(model="org/tiny", dtype="float32")
 print(common.load_model(args, torch.device("cpu")).vocab)"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
-                              env=hub.env | env)
-        return done.returncode, done.stdout, done.stderr
-
     for file in os.listdir(model_dir):
         hub.files[f"/org/tiny/resolve/main/{file}"] = (model_dir / file).read_bytes()
     for out, offline in ((tmp_path / "a", "0"), (tmp_path / "b", "1")):
-        assert fetch(out, HF_HUB_OFFLINE=offline) == (0, f"{out}/math500.jsonl: 3 problems\n150\n", "")
+        done = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, timeout=120,
+                              check=False, env=hub.env | {"HF_HUB_OFFLINE": offline})
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}/math500.jsonl: 3 problems\n150\n", "")
     assert read(tmp_path / "a/math500.jsonl") == read(tmp_path / "b/math500.jsonl")
 
 

@@ -4,11 +4,12 @@ operation on two tags raises, as a GPU would.
 What cannot be emulated: CUDA graphs, NCCL and so several processes, bfloat16 kernels, the order of
 atomic sums, and host synchronisation. A tensor that autograd makes has no tag and goes with any.
 """
+import functools
 import json
 
 import pytest
 import torch
-from conftest import QUARTER, read, write_problems, write_verifier
+from conftest import QUARTER, here, read, write_problems, write_verifier
 from torch.overrides import TorchFunctionMode
 
 import eval as evaluation
@@ -95,12 +96,10 @@ def stages(tmp_path, model_dir, monkeypatch):
                           "--group-size", 2, "--save-every", 1],
              evaluation: [*sampled, "--data", data, "-n", 2, "--k", 1]}
 
-    def runner(module):
-        def go():
-            with Tagged():
-                module.main(module.get_args([*map(str, flags[module]), "--out", str(tmp_path / module.__name__)]))
-        return go
-    return {module: runner(module) for module in flags}
+    def go(module):
+        with Tagged():
+            here(module.__name__, *flags[module], "--out", tmp_path / module.__name__)
+    return {module: functools.partial(go, module) for module in flags}
 
 
 def test_every_stage_keeps_its_tensors_on_the_emulated_device(stages, tmp_path, monkeypatch):

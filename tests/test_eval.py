@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from conftest import assert_same_sampling, files, read, save, stage, tiny_model, write_problems, write_verifier
+from conftest import assert_same_sampling, files, here, read, save, stage, tiny_model, write_problems, write_verifier
 
 import eval as evaluation
 from experiments.demo import wilson_interval
@@ -29,7 +29,6 @@ def test_chen_eq1_pass_at_k_refuses_what_has_no_meaning(n, c, k):
 
 def test_pass_at_k_is_exact_where_floating_point_products_are_not():
     assert evaluation.pass_at_k(1024, 1, 512) == 0.5
-    assert evaluation.pass_at_k(32, 0, 32) == 0 and evaluation.pass_at_k(32, 1, 32) == 1
 
 
 def test_bootstrap_interval_equals_resampling_written_out():
@@ -64,10 +63,9 @@ def finished(tmp_path_factory, model_dir):
     """Two models on two problem sets."""
     path = tmp_path_factory.mktemp("eval")
     other = save(path / "other", tiny_model("qwen3", tied=False, seed=3))
-    flags = ["--model", model_dir, other, "--data", write_problems(path / "one.jsonl", 5),
-             write_problems(path / "two.jsonl", 3),
-             "-n", 4, "--k", 1, 3, "--max-new-tokens", 6, "--device", "cpu", "--decode-rows", 8,
-             "--verifier", write_verifier(path / "v.py")]
+    sets = write_problems(path / "one.jsonl", 5), write_problems(path / "two.jsonl", 3)
+    flags = ["--model", model_dir, other, "--data", *sets, "-n", 4, "--k", 1, 3, "--max-new-tokens", 6,
+             "--decode-rows", 8, "--verifier", write_verifier(path / "v.py")]
     result = stage("eval.py", *flags, "--out", path / "out")
     return path / "out", flags, result
 
@@ -105,14 +103,6 @@ def test_results_equal_a_recount_from_the_saved_samples(finished):
             assert cell.startswith(f"{100 * expected:.2f} [{100 * low:.1f}, {100 * high:.1f}]")
 
 
-def test_a_second_run_samples_nothing_and_gives_the_same_bytes(finished):
-    out, flags, first = finished
-    before, times = files(out), {p: p.stat().st_mtime_ns for p in out.rglob("rollouts.jsonl")}
-    again = stage("eval.py", *flags, "--out", out)
-    assert again.stdout == first.stdout and "rollout/s" not in again.stderr
-    assert files(out) == before and {p: p.stat().st_mtime_ns for p in out.rglob("rollouts.jsonl")} == times
-
-
 def test_two_processes_draw_the_same_and_print_one_table(tmp_path, finished):
     out, flags, first = finished
     result = stage("eval.py", *flags, "--out", tmp_path / "o", processes=2)
@@ -121,14 +111,14 @@ def test_two_processes_draw_the_same_and_print_one_table(tmp_path, finished):
     assert result.stdout == first.stdout.replace(theirs, mine)  # the two are equal but for a draw on a boundary
 
 
-def test_models_sets_and_ks_join_a_folder_and_what_it_holds_needs_no_model(tmp_path, finished, monkeypatch):
+def test_models_sets_and_ks_join_a_folder_and_what_it_holds_needs_no_model(tmp_path, finished, monkeypatch, capsys):
     _, first, other, _, one, two, *more = map(str, finished[1])
     loaded, load = [], common.load_model
     monkeypatch.setattr(common, "load_model", lambda args, device: loaded.append(args.model) or load(args, device))
 
     def evaluate(*flags):
         loaded.clear()
-        return evaluation.main(evaluation.get_args([*more, "--out", str(tmp_path / "o"), *flags]))
+        return here("eval", *more, "--out", tmp_path / "o", *flags)
 
     evaluate("--model", first, "--data", one)
     before = files(tmp_path / "o/qwen2/one")
@@ -136,6 +126,9 @@ def test_models_sets_and_ks_join_a_folder_and_what_it_holds_needs_no_model(tmp_p
     assert loaded == [other]
     results = evaluate("--model", first, other, "--data", one, two, "--k", "1", "2")
     assert loaded == [first, other] and len(results) == 4 and list(results[0]["pass"]) == ["1", "2"]
+    whole, printed = files(tmp_path / "o"), capsys.readouterr().out.splitlines()[-4:]
+    assert evaluate("--model", first, other, "--data", one, two, "--k", "1", "2") == results and not loaded
+    assert files(tmp_path / "o") == whole and capsys.readouterr().out.splitlines() == printed
     moved = shutil.copy(one, str(tmp_path / "one.jsonl"))  # the same problems from elsewhere
     assert evaluate("--model", first, "--data", moved, "--k", "1", "2") == results[:1] and not loaded
     assert files(tmp_path / "o/qwen2/one") == before

@@ -4,6 +4,7 @@ Files are compared with those of an undisturbed run, times left out: byte for by
 tests/soak.py kills at random moments.
 """
 import argparse
+import itertools
 import json
 import os
 import re
@@ -91,28 +92,35 @@ class World:
         group = self.start(*args, **more)
         return group.finish(60), group.said(2)
 
+    def succeeds(self, name: str, out: Path, processes: int = 1) -> None:
+        codes, errors = self.run(name, out, processes)
+        assert codes == [0] * processes, errors
+
     def undisturbed(self, name: str, processes: int = 1) -> Path:
         if (name, processes) not in self.straight:
-            out = self.path / f"{name}-{processes}"
-            codes, errors = self.run(name, out, processes)
-            assert codes == [0] * processes, errors
-            self.straight[name, processes] = out
+            self.straight[name, processes] = self.path / f"{name}-{processes}"
+            self.succeeds(name, self.straight[name, processes], processes)
         return self.straight[name, processes]
 
     def finishes_like_an_undisturbed_run(self, name: str, out: Path, processes: int = 1) -> None:
         """Byte for byte where batches are the same by construction: in training, where a step draws what it always
         draws, and in revision, whose batches are whole or not there. In rollout and eval other rows are drawn together
         after a restart, and by whoever comes first: there up to float32 rounding."""
-        def again():
-            codes, errors = self.run(name, out, processes)
-            assert codes == [0] * processes, errors
-
-        again()
+        self.succeeds(name, out, processes)
         straight = self.undisturbed(name, processes)
         if name in ("rollout", "eval"):
-            assert_same_sampling(straight, out, again)
+            assert_same_sampling(straight, out, lambda: self.succeeds(name, out, processes))
         else:
             assert_same_files(straight, out)
+
+    def goes_on_after(self, what: str, name: str, out: Path, code: int, message: str) -> None:
+        """A run that ends with this code and message when its verifier meets with `what` at its seventh call."""
+        self.undisturbed(name)
+        (self.path / "trigger").write_text(f"0 7 {what}")
+        codes, errors = self.run(name, out)
+        assert not (self.path / "trigger").exists() and codes == [code]
+        assert re.search(f"{message}$", last_line(errors[0])), errors
+        self.finishes_like_an_undisturbed_run(name, out)
 
 
 def last_line(error: str) -> str:
@@ -147,8 +155,7 @@ def test_kill_9_and_the_same_command_gives_the_same_files(tmp_path, world, name,
 
 @pytest.mark.parametrize("name", STAGES)
 def test_two_runs_with_one_seed_are_identical(tmp_path, world, name):
-    codes, errors = world.run(name, tmp_path / "o")
-    assert codes == [0], errors
+    world.succeeds(name, tmp_path / "o")
     assert_same_files(world.undisturbed(name), tmp_path / "o")  # the same shapes, and so the same bits
 
 
@@ -300,30 +307,20 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, disk, world):
 
 
 # --- signals, and processes that die or hang --------------------------------------------------------------------------
-@pytest.mark.parametrize("name,number,code", [*[(name, signal.SIGINT, 130) for name in SAMPLERS],
+@pytest.mark.parametrize("name,number,code", [*((name, signal.SIGINT, 130) for name in SAMPLERS),
                                               ("rollout", signal.SIGTERM, -15), ("train_grpo", signal.SIGTERM, -15)])
 def test_ctrl_c_and_sigterm_in_mid_step_leave_a_run_to_continue(tmp_path, world, name, number, code):
-    world.undisturbed(name)
-    (world.path / "trigger").write_text(f"0 7 {int(number)}")
-    codes, errors = world.run(name, tmp_path / "o")
-    assert not (world.path / "trigger").exists() and codes == [code]
-    if number == signal.SIGINT:
-        assert last_line(errors[0]) == f"{name}.py: interrupted; the same command continues"
-    world.finishes_like_an_undisturbed_run(name, tmp_path / "o")
+    message = rf"^{name}\.py: interrupted; the same command continues" if number == signal.SIGINT else ""
+    world.goes_on_after(str(int(number)), name, tmp_path / "o", code, message)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_verifier_that_raises_ends_the_run_in_one_line_and_nothing_is_lost(tmp_path, world, name):
-    world.undisturbed(name)
-    (world.path / "trigger").write_text("0 7 raise")
-    codes, errors = world.run(name, tmp_path / "o")
-    assert codes == [2] and re.fullmatch(rf"{name}\.py: error: --verifier .*v\.py:verify: (problem|answer) .*: "
-                                         r"TimeoutError: no reply \(.*v\.py:\d+\)", last_line(errors[0])), errors
-    world.finishes_like_an_undisturbed_run(name, tmp_path / "o")
+    world.goes_on_after("raise", name, tmp_path / "o", 2, rf"^{name}\.py: error: --verifier .*v\.py:verify: "
+                        r"(problem|answer) .*: TimeoutError: no reply \(.*v\.py:\d+\)")
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)],
-                         ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, -15)], ids=["Ctrl-C", "SIGTERM"])
 def test_the_same_in_the_middle_of_supervised_training(tmp_path, world, number, code):
     process, = world.start("train_sft", tmp_path / "o", more=["--steps", 80]).ranks
     while process.is_alive() and not list(tmp_path.glob("o/checkpoint-*")):
@@ -421,13 +418,12 @@ def test_bad_rollouts(desk, case):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_become_nan_in_mid_response(monkeypatch, temperature):
-    model, calls = tiny_model("qwen2"), []
+    model, calls = tiny_model("qwen2"), itertools.count(1)
     forward = model.forward
 
     def later(*args, **kwargs):
         out = forward(*args, **kwargs)
-        calls.append(1)
-        if len(calls) == 5:
+        if next(calls) == 5:
             out.logits[:, :, 7] = torch.nan
         return out
 
@@ -500,10 +496,7 @@ def test_hostile_ids_problems_and_golds_go_through_as_text(tmp_path, world):
     rows = [json.loads(line) for line in (folder / "rollout/rollouts.jsonl").read_bytes().split(b"\n")[:-1]]
     assert [(r["id"], r["answer"]) for r in rows] == [
         pair for pair in zip(HOSTILE, [f"5{t}" for t in texts]) for _ in range(2)]
-    tried = read(folder / "revise/revised.jsonl")
-    assert "\ud800" in {r["id"] for r in tried}
-    for r in tried:
-        assert len(r["vertices"]) == len(r["gammas"])
+    assert "\ud800" in {r["id"] for r in read(folder / "revise/revised.jsonl")}
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -2,23 +2,13 @@
 for any micro-batch, process count and restart."""
 import copy
 import json
-import math
 import statistics
 import sys
 import types
 
 import pytest
 import torch
-from conftest import (
-    NEVER,
-    read,
-    stage,
-    tiny_model,
-    tiny_tokenizer,
-    without_seconds,
-    write_problems,
-    write_verifier,
-)
+from conftest import here, read, stage, tiny_model, tiny_tokenizer, without_seconds, write_problems, write_verifier
 from safetensors.torch import load_file
 from test_train import (
     SELECTIVE,
@@ -42,9 +32,10 @@ def grpo_args(*extra):
     return train_grpo.get_args(["--model", "m", "--data", "d", "--out", "o", *map(str, extra)])
 
 
-def train(model_dir, data, out, verifier, *extra, **how):
-    return stage("train_grpo.py", "--model", model_dir, "--data", data, "--out", out, "--verifier", verifier,
-                 "--device", "cpu", "--max-new-tokens", 12, "--group-size", 4, "--batch-size", 4, *extra, **how)
+def train(model_dir, data, out, verifier, *extra, start=stage, **how):
+    """In processes of its own, or with start=here in this one."""
+    start("train_grpo" if start is here else "train_grpo.py", "--model", model_dir, "--data", data, "--out", out,
+          "--verifier", verifier, "--max-new-tokens", 12, "--group-size", 4, "--batch-size", 4, *extra, **how)
 
 
 @pytest.fixture
@@ -76,32 +67,26 @@ def test_sec31_groups_without_a_difference_have_no_advantage(rewards):
     assert train_grpo.advantages(rewards) == [0.0] * len(rewards)
 
 
-def literal_policy_loss(logp, old, ref, advantage, low, high, kl_coef):
-    losses, kls, clipped = [], [], []
-    for p, o, r, a in zip(logp.tolist(), old.tolist(), ref.tolist(), advantage.tolist()):
-        ratio = math.exp(p - o)
-        inside = max(1 - low, min(1 + high, ratio))
-        kl = math.exp(r - p) - (r - p) - 1
-        losses.append(-min(ratio * a, inside * a) + kl_coef * kl)
-        kls.append(kl)
-        # the clip binds where the ratio has left the interval in the direction that the advantage rewards
-        clipped.append((a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low))
-    return losses, kls, clipped
+def literal_loss(p, old, ref, advantage, low, high, kl_coef):
+    """The formula of Sec. 3.1 for one token, from its log-probabilities: the loss and the KL."""
+    ratio, kl = (p - old).exp(), (ref - p).exp() - (ref - p) - 1
+    inside = ratio.clamp(1 - low, 1 + high)
+    return -torch.minimum(ratio * advantage, inside * advantage) + kl_coef * kl, kl
 
 
 @pytest.mark.parametrize("low,high", [(0.2, 0.2), (0.2, 0.28)], ids=["ppo", "dapo"])
 def test_dapo_eq8_policy_loss_equals_a_loop_over_tokens(low, high):
-    ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.0])
+    ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.0]).repeat(3)
     logp = torch.linspace(-3, -0.1, 9).repeat(3)
-    old = logp - ratios.log().repeat(3)
+    old, ref = logp - ratios.log(), logp + torch.linspace(-1, 1, 27)
     advantage = torch.tensor([1.5, -0.7, 0.0]).repeat_interleave(9)
-    ref = logp + torch.linspace(-1, 1, 27)
     loss, kl, clipped = train_grpo.policy_loss(logp, old, ref, advantage, low, high, 0.05)
-    expected = literal_policy_loss(logp, old, ref, advantage, low, high, 0.05)
-    torch.testing.assert_close(loss, torch.tensor(expected[0]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kl, torch.tensor(expected[1]), rtol=1e-5, atol=1e-5)
-    assert clipped.tolist() == expected[2]
-    assert 0 < sum(expected[2]) < 27
+    expected = [literal_loss(*token, low, high, 0.05) for token in zip(logp, old, ref, advantage)]
+    for ours, theirs in zip((loss, kl), zip(*expected)):
+        torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-5, atol=1e-5)
+    # the clip binds where the ratio has left the interval in the direction that the advantage rewards
+    assert clipped.tolist() == [(a > 0 and x > 1 + high) or (a < 0 and x < 1 - low) for x, a in zip(ratios, advantage)]
+    assert 0 < clipped.sum() < 27
 
 
 def test_dapo_eq8_no_gradient_flows_where_the_clip_binds():
@@ -147,16 +132,12 @@ def two_groups():
 
 
 def literal_grpo_loss(model, reference, old, rows, args):
-    """The formula of Sec. 3.1, token by token, mean over all response tokens; old: log-probabilities of each row."""
+    """The mean over all response tokens; old: log-probabilities of each row."""
     terms = []
     for r, o in zip(rows, old):
-        logp = literal_logprobs(model, r)[0]
-        ref = literal_logprobs(reference, r)[0].detach()
-        for p, o_t, q in zip(logp, o, ref):
-            ratio = (p - o_t).exp()
-            inside = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-            kl = (q - p).exp() - (q - p) - 1
-            terms.append(-torch.minimum(ratio * r["advantage"], inside * r["advantage"]) + args.kl_coef * kl)
+        tokens = zip(literal_logprobs(model, r)[0], o, literal_logprobs(reference, r)[0].detach())
+        terms += [literal_loss(*token, r["advantage"], args.clip_low, args.clip_high, args.kl_coef)[0]
+                  for token in tokens]
     return torch.stack(terms).mean()
 
 
@@ -310,9 +291,9 @@ def test_the_batch_is_the_first_wanted_groups_whoever_has_sampled_them(monkeypat
 
 def test_steps_without_any_signal_are_warned_of_and_change_nothing(tmp_path, model_dir, world, monkeypatch, capsys):
     monkeypatch.setattr(train_grpo, "WARN_AFTER", 3)
-    never = write_verifier(tmp_path / "never.py", NEVER)
-    train_here(model_dir, (world[0], never), tmp_path / "o", "--algo", "dapo", "--steps", 5, "--resample", 1,
-               "--save-every", 2)
+    never = write_verifier(tmp_path / "never.py", "def verify(response, gold):\n    return False\n")
+    train(model_dir, world[0], tmp_path / "o", never, "--algo", "dapo", "--steps", 5, "--resample", 1,
+          "--save-every", 2, start=here)
     metrics, said = read(tmp_path / "o" / "metrics.jsonl"), "".join(capsys.readouterr())
     assert {(m["kept_groups"], m["zero_hit"], m["signal"]) for m in metrics} == {(0, 1, 0)}
     assert "only 0 of 4 groups had signal" in said
@@ -390,17 +371,11 @@ def test_grpo_with_revise_is_the_same_on_one_and_two_processes_and_sharded(tmp_p
 
 
 # --- what a run reports -----------------------------------------------------------------------------------------------
-def train_here(model_dir, world, out, *flags):
-    train_grpo.main(train_grpo.get_args(list(map(str, [
-        "--model", model_dir, "--data", world[0], "--out", out, "--verifier", world[1], "--device", "cpu",
-        "--max-new-tokens", 12, "--group-size", 4, "--batch-size", 4, *flags]))))
-
-
 def test_every_metric_equals_a_count_over_what_was_sampled_and_trained(tmp_path, model_dir, world, monkeypatch):
     sampled, trained, sample, learn = [], [], train_grpo.sample_groups, train_grpo.update
     monkeypatch.setattr(train_grpo, "sample_groups", lambda *a: sampled.append(sample(*a)) or sampled[-1])
     monkeypatch.setattr(train_grpo, "update", lambda *a: trained.append(a[3]) or learn(*a))
-    train_here(model_dir, world, tmp_path / "o", "--revise", "--steps", 3, "--samples", 2, 1)
+    train(model_dir, world[0], tmp_path / "o", world[1], "--revise", "--steps", 3, "--samples", 2, 1, start=here)
     metrics = read(tmp_path / "o" / "metrics.jsonl")
     assert len(metrics) == 3 and any(m["rescued"] for m in metrics)
     for m, groups, rows in zip(metrics, sampled, trained):

@@ -9,6 +9,7 @@ from helpers.verifying import Verifier
 
 PAGE = (ROOT / "docs" / "hacking.md").read_text()
 BLOCKS = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
+TASKS = [("choice.py", 1, []), ("unit.py", "add", ["--verifier-workers", 2]), ("dates.py", 7, [])]
 PROBLEMS = {p["id"]: p for p in map(json.loads, re.findall(r'^\{"id".*\}$', PAGE, re.MULTILINE))}
 
 
@@ -19,12 +20,9 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_the_page_has_three_tasks_and_a_problem_of_chat_messages():
-    assert {*BLOCKS} == {"choice.py", "unit.py", "dates.py"} and {*PROBLEMS} == {1, "add", 7}
-    assert [m["role"] for m in PROBLEMS[1]["problem"]] == ["system", "user", "assistant", "user"]
-
-
 def test_the_verifiers_judge_as_the_page_says(files):
+    assert {*BLOCKS} == {name for name, *_ in TASKS}  # no block is left out
+    assert [m["role"] for m in PROBLEMS[1]["problem"]] == ["system", "user", "assistant", "user"]
     choice, unit, dates = (Verifier(f"{files / name}:check") for name in ("choice.py", "unit.py", "dates.py"))
     assert choice("It is (A).", "A") and not choice("It is (B).", "A") and not choice("", "A")
     tests, block = PROBLEMS["add"]["answer"], "So:\n```python\n{}\n```\n"
@@ -36,14 +34,12 @@ def test_the_verifiers_judge_as_the_page_says(files):
     assert not dates("", p["answer"], p)
 
 
-@pytest.mark.parametrize("name,problem,flags", [
-    ("choice.py", 1, []), ("unit.py", "add", ["--verifier-workers", 2]), ("dates.py", 7, [])])
+@pytest.mark.parametrize("name,problem,flags", TASKS)
 def test_each_task_goes_through_sampling_revision_and_training(files, model_dir, name, problem, flags):
     """A random model answers nothing: what is kept, refused and steered toward is looked at."""
     p = PROBLEMS[problem]
     (files / "data.jsonl").write_text(json.dumps(p))
-    shared = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 12, "--verifier", f"{files / name}:check",
-              *flags]
+    shared = ["--model", model_dir, "--max-new-tokens", 12, "--verifier", f"{files / name}:check", *flags]
     stage("rollout.py", *shared, "--data", files / "data.jsonl", "-n", 2, "--out", files / "r")
     assert read(files / "r" / "zero_hit.jsonl") == [p | {"id": str(p["id"])}]  # every field
     assert [r["answer"] for r in read(files / "r" / "rollouts.jsonl")] == [p["answer"]] * 2

@@ -25,7 +25,7 @@ LIMITS = {
     # A function is one story
     "functions over 60 lines": 0,
     # Tests are read too, when one fails. To become 5000
-    "lines of tests": 6190,
+    "lines of tests": 6049,
     # --help is one page for a stage that samples, two for a trainer. To become 16, 30 and 16 but for the trainers;
     # train_grpo.py --help leaves those of the revision to revise.py --help
     "flags of rollout": 20, "flags of revise": 36, "flags of eval": 21, "flags of train_sft": 18,

@@ -2,9 +2,9 @@
 import json
 
 import pytest
-from conftest import QUARTER, ROOT, stage, write_problems, write_verifier
+from conftest import QUARTER, ROOT, here, stage, write_problems, write_verifier
 
-from experiments import bench, real_model
+from experiments import real_model
 from experiments.benches import real
 
 
@@ -27,15 +27,14 @@ def test_a_sound_continuation_computes_its_answer(text, answer, expected):
 
 
 def test_the_table_counts_what_the_stages_wrote(tmp_path, model_dir, capsys):
-    flags = ["--model", model_dir, "--device", "cpu", "--max-new-tokens", 12, "--verifier",
-             write_verifier(tmp_path / "v.py", QUARTER)]
+    flags = ["--model", model_dir, "--max-new-tokens", 12, "--verifier", write_verifier(tmp_path / "v.py", QUARTER)]
     stage("rollout.py", *flags, "--data", write_problems(tmp_path / "d.jsonl", 8), "-n", 2, "--out", tmp_path / "r")
     stage("rollout.py", *flags, "--data", tmp_path / "r" / "zero_hit.jsonl", "-n", 3, "--seed", 1,
           "--out", tmp_path / "arms" / "fresh")
     for arm, more in {"latentrevise": [], "noise": ["--vertices", "random"]}.items():
         stage("revise.py", *flags, "--rollouts", tmp_path / "r", "--attempts", 1, "--continuations", 3,
               "--revision-steps", 2, "--out", tmp_path / "arms" / arm, *more)
-    real_model.main(real_model.get_args([str(tmp_path / "arms"), "--model", str(model_dir), "--device", "cpu"]))
+    here("experiments.real_model", tmp_path / "arms", "--model", model_dir)
     _, _, fresh, latentrevise, noise = (
         [c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
     assert (fresh[0], latentrevise[0], noise[0]) == ("fresh", "latentrevise", "noise")
@@ -51,8 +50,8 @@ def test_bench_of_a_real_model_measures_what_it_says(tmp_path, capsys, monkeypat
     monkeypatch.setattr(real, "SAMPLES", 1)
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps({"problem": f"1{i}+4?", "answer": f"1{4 + i}"}) + "\n" for i in range(8)))
-    bench.main(bench.get_args(["real", "--model", str(ROOT / "toy/sums_model"), "--data", str(data), "--runs", "1",
-                               "--dtype", "float32"]))
+    here("experiments.bench", "real", "--model", ROOT / "toy/sums_model", "--data", data, "--runs", 1, "--dtype",
+         "float32")
     step, sampling = map(json.loads, capsys.readouterr().out.splitlines())
     assert (step["measure"], sampling["measure"], sampling["rows"]) == ("real_step", "real_sampling", 8)
     assert step["ratio"] == pytest.approx(step["reference"] / step["ours"], abs=1e-3)

@@ -12,6 +12,7 @@ from conftest import (
     assert_same_sampling,
     assert_same_texts,
     common_tokens,
+    here,
     read,
     run,
     same_draws,
@@ -103,25 +104,22 @@ def test_greedy_tokens_equal_generate_with_a_sliding_window():
 def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
     model = tiny_model("qwen2")
     keys = [[sampling.row_key(i, s) for s in range(3)] for i in range(len(MANY))]
-    limits = [5 + 9 * (i % 7) for i in range(len(MANY))]
+    limits = [1 + 9 * (i % 7) for i in range(len(MANY))]
 
-    def check(order, **kw):
-        found = sampling.sample(Policy(model, None, TOKENS, ENDS), [MANY[i] for i in order], [keys[i] for i in order],
-                               [limits[i] for i in order], **kw)
-        found = [found[order.index(i)] for i in ordered]
-        assert_same_texts(model, MANY, keys, expected or found, found)
-        return found
+    def sample(order=1, **kw):
+        given = [x[::order] for x in (MANY, keys, limits)]
+        return sampling.sample(Policy(model, None, TOKENS, ENDS), *given, **kw)[::order]
 
-    ordered, backwards = list(range(len(MANY))), list(range(len(MANY)))[::-1]
-    expected = None
-    expected = check(ordered)
+    expected = sample()
     assert {s.finish for x in expected for s in x} == {"eos", "length"}
+    assert all((len(s.ids) == limit and s.ids[-1] not in ENDS) if s.finish == "length" else len(s.ids) <= limit
+               for x, limit in zip(expected, limits) for s in x)
     for slots in (1, 2, 5, 64):
-        check(backwards if slots == 5 else ordered, slots=slots)
+        assert_same_texts(model, MANY, keys, expected, sample(-1 if slots == 5 else 1, slots=slots))
     put_back = []
     for budget in (130, 350, 1500):
         seen = watched(model, monkeypatch)
-        check(ordered, slots=16, max_tokens=budget)
+        assert_same_texts(model, MANY, keys, expected, sample(slots=16, max_tokens=budget))
         assert max(seen["room"]) <= budget
         put_back.append(seen["prefilled"] - 36)
         monkeypatch.undo()
@@ -132,24 +130,22 @@ def test_text_does_not_depend_on_slots_order_or_budget(monkeypatch):
 def faulty(monkeypatch, model, fault: str) -> None:
     forward, uniforms, add = model.forward, sampling.uniforms, sampling.Batch.add
 
-    def wrong(*args, **kw):
-        if kw.get("input_ids") is not None and fault == "position":  # a decoding step
+    def position(*args, **kw):
+        if kw.get("input_ids") is not None:  # a decoding step
             kw["position_ids"] = kw["position_ids"] + 1
         return forward(*args, **kw)
 
-    def late(batch, rows, *rest):
+    def mask(batch, rows, *rest):  # the first token of a prompt is hidden
         add(batch, rows, *rest)
         for row in rows:
             row.start += len(row) > 1
 
-    def other_key(keys, drawn):  # of rows that were put back
+    def key(keys, drawn):  # of rows that were put back
         return uniforms(torch.where(torch.as_tensor(drawn) > 9, keys + 1, keys), drawn)
 
-    monkeypatch.setattr(model, "forward", wrong)
-    if fault == "mask":  # the first token of a prompt is hidden
-        monkeypatch.setattr(sampling.Batch, "add", late)
-    if fault == "key":
-        monkeypatch.setattr(sampling, "uniforms", other_key)
+    if fault != "none":
+        monkeypatch.setattr(*{"position": (model, "forward", position), "mask": (sampling.Batch, "add", mask),
+                              "key": (sampling, "uniforms", key)}[fault])
 
 
 @pytest.mark.parametrize("fault", ["none", "mask", "position", "key"])
@@ -189,9 +185,8 @@ def test_a_draw_may_differ_where_its_uniform_lies_on_a_boundary_and_nowhere_else
 
 def test_another_token_in_a_file_or_in_training_is_not_taken_for_rounding(tmp_path, model_dir):
     data = write_problems(tmp_path / "d.jsonl", 2)
-    rollout.main(rollout.get_args([*map(str, [
-        "--model", model_dir, "--data", data, "-n", 2, "--max-new-tokens", 6, "--device", "cpu",
-        "--out", tmp_path / "a", "--verifier", write_verifier(tmp_path / "v.py")])]))
+    here("rollout", "--model", model_dir, "--data", data, "-n", 2, "--max-new-tokens", 6, "--out", tmp_path / "a",
+         "--verifier", write_verifier(tmp_path / "v.py"))
     (tmp_path / "b").mkdir()
     one, other = tmp_path / "a/rollouts.jsonl", tmp_path / "b/rollouts.jsonl"
     good = common.read_jsonl(one)[0]
@@ -262,13 +257,6 @@ def test_embeddings_as_prompt():
     assert_same_texts(model, PROMPTS, keys_of(PROMPTS), draw(model, embeds), draw(model, PROMPTS))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)) * 0.3  # of no token
     assert_generate_agrees(model, [x], draw(model, [x], n=1, limit=20, temperature=0, vocab=160), 20, [1])
-
-
-def test_limits_are_per_prompt():
-    model = tiny_model("qwen2")
-    samples = sampling.sample(Policy(model, None, TOKENS, [1]), PROMPTS, [[1, 2], [3], [4]], [3, 9, 1])
-    assert [[len(s.ids) for s in x] for x in samples] == [[3, 3], [9], [1]]
-    assert all(s.finish == "length" for x in samples for s in x)
 
 
 def test_sample_frequencies_match_the_softmax():
@@ -370,15 +358,13 @@ def test_an_answer_may_be_any_json_value_for_a_verifier_of_ones_own(tmp_path, an
 @pytest.mark.parametrize("head,asks", [("response, answer", False), ("response, answer, problem", True)])
 def test_the_other_fields_of_a_problem_travel(tmp_path, model_dir, head, asks):
     """To zero_hit.jsonl always, and to a verifier, and with the rollouts, if it asks for them."""
-    record = {"name": "a", "question": "1+1?", "answer": {"2": 2}, "guide": "two", "limit": 3, "reward": "high"}
-    read_as = {"id": "a", "problem": "1+1?", "answer": {"2": 2}, "guide": "two", "limit": 3, "reward": "high"}
+    more = {"answer": {"2": 2}, "guide": "two", "limit": 3, "reward": "high"}
+    record, read_as = {"name": "a", "question": "1+1?"} | more, {"id": "a", "problem": "1+1?"} | more
     verifier = write_verifier(tmp_path / "v.py", f"def verify({head}):\n    open({str(tmp_path / 'log')!r}, 'a').write("
                                                  "repr(locals()) + '\\n')\n")
     (tmp_path / "d.jsonl").write_text(common.to_line(record))
-    args = rollout.get_args([*map(str, [
-        "--model", model_dir, "--data", tmp_path / "d.jsonl", "--fields", "name", "question", "answer", "-n", 2,
-        "--max-new-tokens", 4, "--device", "cpu", "--verifier", verifier, "--out", tmp_path / "o"])])
-    rollout.main(args)
+    here("rollout", "--model", model_dir, "--data", tmp_path / "d.jsonl", "--fields", "name", "question", "answer",
+         "-n", 2, "--max-new-tokens", 4, "--verifier", verifier, "--out", tmp_path / "o")
     for r, seen in zip(read(tmp_path / "o/rollouts.jsonl"), (tmp_path / "log").read_text().splitlines(), strict=True):
         assert (r["answer"], r["guide"], r["reward"]) == ({"2": 2}, "two", 0)
         assert r.get("problem_fields") == (read_as if asks else None)
@@ -401,7 +387,7 @@ def test_same_files_for_any_batch_size_and_number_of_processes(tmp_path, model_d
 
 
 def counting_verifier(path, extra: str = "") -> str:
-    """PARITY that also notes every call in path.log: the rank and the length of the response."""
+    """PARITY that also notes the rank of every call in path.log."""
     return write_verifier(path, f"import os, time\nRANK = os.environ.get('RANK', '0')\n"
                           "def verify(response, gold):\n"
                           f"    with open({f'{path}.log'!r}, 'a') as f: f.write(RANK + '\\n')\n"
@@ -409,8 +395,8 @@ def counting_verifier(path, extra: str = "") -> str:
 
 
 def test_a_slow_process_takes_less_and_the_file_is_the_same(tmp_path, model_dir):
-    flags = ["--model", model_dir, "--data", write_problems(tmp_path / "d.jsonl", 12), "-n", 2,
-             "--max-new-tokens", 12, "--device", "cpu", "--decode-rows", 2]
+    data = write_problems(tmp_path / "d.jsonl", 12)
+    flags = ["--model", model_dir, "--data", data, "-n", 2, "--max-new-tokens", 12, "--decode-rows", 2]
     stage("rollout.py", *flags, "--verifier", write_verifier(tmp_path / "v.py"), "--out", tmp_path / "a")
     slow = counting_verifier(tmp_path / "w.py", "time.sleep(0.3 * (RANK == '0'))")
     bar = stage("rollout.py", *flags, "--verifier", slow, "--out", tmp_path / "b", processes=2).stderr

@@ -3,7 +3,7 @@ import argparse
 
 import pytest
 import torch
-from conftest import TOKENS, read, tiny_model, tiny_tokenizer
+from conftest import TOKENS, here, read, tiny_model, tiny_tokenizer
 
 import revise
 from experiments import show
@@ -26,7 +26,7 @@ def write(folder, *records):
 
 
 def run(folder, *flags):
-    show.main(show.get_args([str(folder / "revised.jsonl"), *flags]))
+    here("experiments.show", folder / "revised.jsonl", *flags)
 
 
 def test_eq7_weights_and_distances_are_those_of_the_replayed_prefix():
@@ -40,10 +40,7 @@ def test_eq7_weights_and_distances_are_those_of_the_replayed_prefix():
         start = W[r["prefix_ids"][j]]
         assert row["moved"] == pytest.approx(float((E[j] - start).norm() / start.norm()), rel=1e-5)
         assert row["changed"] == (r["prefix_ids"][j] != r["projected_ids"][j])
-
-
-def test_a_step_that_was_not_taken_has_no_gamma():
-    assert [s[1] for s in show.steps_of(record())] == [0.1, 0.2, 0.3, None]
+    assert [s[1] for s in show.steps_of(r)] == [0.1, 0.2, 0.3, None]  # the last step was not taken
 
 
 def test_show_reads_the_model_from_run_json(tmp_path, model_dir, capsys):

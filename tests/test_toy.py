@@ -8,10 +8,9 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rollout
 from helpers import common
 from toy import sums as toy
 from toy import words
@@ -40,6 +39,11 @@ def steps(text: str) -> list[list[tuple[int, ...]]]:
     return [[tuple(map(int, m.groups())) for m in one] for one in toy.passes(text)]
 
 
+def is_near(share: float, rate: float, draws: int) -> bool:
+    """Within four standard deviations of the share among so many draws."""
+    return abs(share - rate) < 4 * (rate * (1 - rate) / draws) ** 0.5
+
+
 def check_pair(world, model, tokenizer, text):
     """What every stage relies on, of a world's model and tokenizer that were read from a folder."""
     made = tokenizer_of(world)
@@ -63,7 +67,7 @@ def check_pair(world, model, tokenizer, text):
 def test_requests_are_followed_by_a_sound_second_pass(world):
     examples = examples_of(world)
     asked = [(m, t) for m, t in examples if any(r in m for r in toy.REQUESTS)]
-    assert abs(len(asked) / len(examples) - toy.ASKED) < 4 * (toy.ASKED * (1 - toy.ASKED) / len(examples)) ** 0.5
+    assert is_near(len(asked) / len(examples), toy.ASKED, len(examples))
     assert all(len(toy.passes(t, world)) == 2 and world.has_reflection(t) and world.is_sound(m, t) for m, t in asked)
     other = [t for m, t in examples if not any(r in m for r in toy.REQUESTS)]
     assert sum(map(world.has_reflection, other)) / len(other) < 5 * toy.UNASKED
@@ -101,8 +105,8 @@ def test_sets_and_training_texts_are_disjoint(world):
 def test_data_command_writes_the_same_files_twice(tmp_path, monkeypatch, world):
     few = lambda world, seed: {"few": toy.draw_problems(world, seed, "train", 20, 0, 9)}
     monkeypatch.setattr(toy, "problem_sets", few)
-    for out, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        world.main(world.get_args(["data", "--out", str(tmp_path / out), "--seed", seed]))
+    for out, seed in (("a", 3), ("b", 3), ("c", 4)):
+        here(world.__name__, "data", "--out", tmp_path / out, "--seed", seed)
     a, b, c = ((tmp_path / out / "few.jsonl").read_text() for out in "abc")
     assert a == b != c
     assert set(json.loads(a.splitlines()[0])) == {"id", "problem", "answer", world.DIFFICULTY}
@@ -119,9 +123,8 @@ def test_tokenizer_round_trips_every_text(world):
 
 @BOTH
 def test_training_from_nothing_writes_a_folder_that_loads(tmp_path, world):
-    argv = ["train", "--steps", "3", "--batch", "8", "--prompts", "0", "--seed", "7"]
     for out in ("a", "b"):
-        world.main(world.get_args([*argv, "--out", str(tmp_path / out)]))
+        here(world.__name__, "train", "--steps", 3, "--batch", 8, "--prompts", 0, "--seed", 7, "--out", tmp_path / out)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b").state_dict()
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
@@ -129,7 +132,7 @@ def test_training_from_nothing_writes_a_folder_that_loads(tmp_path, world):
     run = json.loads((tmp_path / "a" / "run.json").read_text())
     assert run["parameters"] == sum(p.numel() for p in model.parameters())
     assert run["command"].startswith(f"python -m {world.__name__} train ")
-    world.main(world.get_args(["check", "--model", str(tmp_path / "a"), "--prompts", "1", "--n", "1"]))
+    here(world.__name__, "check", "--model", tmp_path / "a", "--prompts", 1, "--n", 1)
 
 
 # --- the texts of the first world -------------------------------------------------------------------------------------
@@ -139,15 +142,14 @@ def test_sums_first_pass_forgets_carries_at_the_stated_rate():
     assert len(crossing) > 4000
     assert all(c == a + b for a, b, c in plain)
     assert all(c in (a + b, a + b - 10) for a, b, c in crossing)
-    rate = sum(c != a + b for a, b, c in crossing) / len(crossing)
-    assert abs(rate - toy.SLIP) < 4 * (toy.SLIP * (1 - toy.SLIP) / len(crossing)) ** 0.5
+    assert is_near(sum(c != a + b for a, b, c in crossing) / len(crossing), toy.SLIP, len(crossing))
 
 
 def test_sums_first_pass_misreads_addends_at_the_stated_rate():
     rng, ns = random.Random(2), [10, 5, 5, 5]
     read = [b for _ in range(3000) for _, b, _ in steps(toy.write_pass(rng, ns, 0.0, toy.MISREAD)[0])[0]]
-    expected = toy.MISREAD * 8 / 9  # a misread addend can be the same by chance
-    assert abs(sum(b != 5 for b in read) / len(read) - expected) < 4 * (expected / len(read)) ** 0.5
+    # a misread addend can be the same by chance
+    assert is_near(sum(b != 5 for b in read) / len(read), toy.MISREAD * 8 / 9, len(read))
 
 
 def test_sums_are_right():
@@ -221,9 +223,7 @@ def test_words_first_pass_misreads_fewer_at_the_stated_rate_and_miscounts_never(
                 assert m[3] == "+" or difference < 0  # `more` is never misread
                 misread += [m[3] == "+"] if difference < 0 else []
             before = int(m[5])
-    assert len(misread) > 2000
-    rate = sum(misread) / len(misread)
-    assert abs(rate - words.MISREAD) < 4 * (words.MISREAD * (1 - words.MISREAD) / len(misread)) ** 0.5
+    assert len(misread) > 2000 and is_near(sum(misread) / len(misread), words.MISREAD, len(misread))
 
 
 def test_words_are_right():
@@ -339,12 +339,10 @@ def test_shipped_model_is_the_stated_one(tmp_path, world):
 
     problems = toy.draw_problems(world, 0, "hard", 24, world.HARD, 99)
     (tmp_path / "hard.jsonl").write_text("".join(map(common.to_line, problems)))
-    rollout.main(rollout.get_args([
-        "--model", str(shipped), "--data", str(tmp_path / "hard.jsonl"), "-n", "32", "--max-new-tokens", "160",
-        "--instruction", "", "--decode-rows", "512", "--out", str(tmp_path / "out")]))
-    share = measured["test_hard"]["zero_hit"]
-    zero_hit = len(common.read_jsonl(tmp_path / "out" / "zero_hit.jsonl")) / 24
-    assert abs(zero_hit - share) < 4 * (share * (1 - share) / 24) ** 0.5
+    here("rollout", "--model", shipped, "--data", tmp_path / "hard.jsonl", "-n", 32, "--max-new-tokens", 160,
+         "--instruction", "", "--decode-rows", 512, "--out", tmp_path / "out")
+    zero_hit = len(common.read_jsonl(tmp_path / "out" / "zero_hit.jsonl"))
+    assert is_near(zero_hit / 24, measured["test_hard"]["zero_hit"], 24)
 
     messages = [p["problem"] + toy.REQUESTS[0] for p in problems]
     asked = [tokenizer.decode(ids) for ids in toy.respond(model, tokenizer, messages, 0)]

@@ -9,6 +9,7 @@ from conftest import (
     TOKENS,
     WRAPPER,
     assert_same_files,
+    here,
     read,
     same_draws,
     stage,
@@ -22,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import eval as evaluation
 import rollout
 import train_sft
 from helpers import common, training
@@ -118,8 +118,7 @@ def write_rows(path, rows, **more):
 
 
 def sft_args(model_dir, data, out, *extra):
-    return train_sft.get_args(["--model", str(model_dir), "--data", str(data), "--out", str(out), "--device", "cpu",
-                               *extra])
+    return train_sft.get_args(["--model", str(model_dir), "--data", str(data), "--out", str(out), *extra])
 
 
 def test_sft_gradient_equals_the_mean_cross_entropy_for_every_micro_batch_budget(tmp_path, model_dir, monkeypatch):
@@ -176,8 +175,8 @@ def test_sft_is_the_same_on_one_and_two_processes_and_sharded(tmp_path, model_di
     data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
     for n, shard in ((1, "off"), (1, "on"), (2, "off"), (2, "on")):
         out = tmp_path / f"{n}-{shard}"
-        stage("train_sft.py", "--model", model_dir, "--data", data, "--steps", 3, "--batch-size", size, "--device",
-              "cpu", "--train-tokens", 20, "--shard", shard, "--out", out, processes=n)
+        stage("train_sft.py", "--model", model_dir, "--data", data, "--steps", 3, "--batch-size", size,
+              "--train-tokens", 20, "--shard", shard, "--out", out, processes=n)
         assert_same_metrics(tmp_path / "1-off", out, 1e-6 if shard == "off" else 1e-5)
         assert_same_training(tmp_path / "1-off", out, load_file(model_dir / "model.safetensors"))
 
@@ -206,8 +205,7 @@ def test_sft_reads_plain_rows_and_leaves_out_failed_ones(tmp_path, model_dir):
 def straight(tmp_path_factory, model_dir):
     path = tmp_path_factory.mktemp("sft")
     data = write_rows(path / "d.jsonl", make_rows(SIZES))
-    flags = ["--model", model_dir, "--data", data, "--device", "cpu", "--batch-size", 3, "--steps", 6,
-             "--save-every", 2, "--lr", 0.01]
+    flags = ["--model", model_dir, "--data", data, "--batch-size", 3, "--steps", 6, "--save-every", 2, "--lr", 0.01]
     stage("train_sft.py", *flags, "--out", path / "o")
     return path / "o", flags
 
@@ -231,22 +229,18 @@ def test_steps_is_free_until_the_run_is_finished(tmp_path, straight):
     assert_same_files(out, tmp_path / "o")
 
 
-@pytest.mark.parametrize("keep,steps", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4]), (9, [1, 2, 3, 4])])
-def test_the_last_checkpoints_stay(tmp_path, model_dir, keep, steps):
-    data = write_rows(tmp_path / "d.jsonl", make_rows(SIZES))
-    out = tmp_path / "o"
-    train_sft.main(sft_args(model_dir, data, out, "--steps", "5", "--batch-size", "1", "--save-every", "1",
-                            "--keep", str(keep)))
-    assert sorted(p.name for p in out.glob("checkpoint*")) == [f"checkpoint-{step:06d}" for step in steps]
-    assert not list(out.glob("*/optimizer*"))  # nothing continues a finished run
-
-
-def test_checkpoints_before_the_last_two_are_models_alone(tmp_path):
-    policy = common.Policy(tiny_model("qwen2"), tiny_tokenizer(), TOKENS, [1])
-    optimizer = training.make_optimizer(policy.model, argparse.Namespace(lr=0.1))
-    for step in (1, 2, 3, 4):
-        training.save_checkpoint(tmp_path, policy, optimizer, {"step": step}, keep=3)
-    assert {p.name[-1]: len(list(p.glob("optimizer*"))) for p in tmp_path.iterdir()} == {"2": 0, "3": 3, "4": 3}
+@pytest.mark.parametrize("keep,steps", [(2, [3, 4]), (1, [4]), (0, [1, 2, 3, 4]), (3, [2, 3, 4])])
+def test_the_last_checkpoints_stay_and_where_nothing_continues_they_are_models_alone(
+        tmp_path, model_dir, monkeypatch, keep, steps):
+    data, out = write_rows(tmp_path / "d.jsonl", make_rows(SIZES)), tmp_path / "o"
+    args = sft_args(model_dir, data, out, "--steps", "5", "--batch-size", "1", "--save-every", "1", "--keep", str(keep))
+    optimizers = lambda: {p.name: len(list(p.glob("optimizer*"))) for p in out.glob("checkpoint*")}
+    with monkeypatch.context() as unfinished:
+        unfinished.setattr(training, "finish", lambda *_: None)
+        train_sft.main(args)
+    assert optimizers() == {f"checkpoint-{step:06d}": 3 * (step > 2) for step in steps}  # a run continues from two
+    train_sft.main(args)
+    assert optimizers() == {f"checkpoint-{step:06d}": 0 for step in steps}
 
 
 def test_eval_takes_checkpoints_as_models(tmp_path, straight):
@@ -254,10 +248,9 @@ def test_eval_takes_checkpoints_as_models(tmp_path, straight):
     out, flags = straight
     stage("train_sft.py", *flags, "--steps", 4, "--out", tmp_path / "four")
     models = [*sorted(out.glob("checkpoint-*")), out / "model", tmp_path / "four" / "model"]
-    results = evaluation.main(evaluation.get_args(list(map(str, [
-        "--model", *models, "--data", write_problems(tmp_path / "test.jsonl"), "--out", tmp_path / "eval", "-n", 4,
-        "--k", 1, "--device", "cpu", "--max-new-tokens", 12,
-        "--verifier", write_verifier(tmp_path / "v.py", SELECTIVE)]))))
+    results = here("eval", "--model", *models, "--data", write_problems(tmp_path / "test.jsonl"), "-n", 4, "--k", 1,
+                   "--max-new-tokens", 12, "--verifier", write_verifier(tmp_path / "v.py", SELECTIVE),
+                   "--out", tmp_path / "eval")
     numbers = [{k: v for k, v in r.items() if k not in ("model", "seconds")} for r in results]
     assert len(numbers) == 4 and numbers[1] == numbers[3] and numbers[0] != numbers[1] != numbers[2]
 

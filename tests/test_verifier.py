@@ -1,5 +1,4 @@
 """The verifier's rules as tables: by topic, gold answers, the answers that are right and those that are wrong."""
-
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import pytest
 import verifier
 from verifier import extract_boxed, main, verify
 
+HUGE = ["10^{400}", "1e999", "9" * 400, "2^{2000}"]
 # topic -> [(gold, [right answers], [wrong answers])]; answers are contents of a box
 TABLE: dict[str, list[tuple[str, list[str], list[str]]]] = {
     "gold spelling": [
@@ -33,6 +33,7 @@ TABLE: dict[str, list[tuple[str, list[str], list[str]]]] = {
         ("100000000000000000000000", ["1" + "0" * 23, r"10^{23}"], ["1" + "0" * 22 + "1", "9" * 23]),
         ("9007199254740993", ["9,007,199,254,740,993"], ["9007199254740992", "9007199254740994",
          "9.007199254740993e14"]),
+        ("7" * 5_000, ["7" * 5_000], ["7" * 4_999 + "8"]),
         ("007", ["7", "07", "7.00"], ["70", "0.07"]),
         ("0", ["0", "0.0", "-0", "00"], ["1e-400", "o", r"e^{-800}", r"e^{-40}", "()", "0.01"]),
     ],
@@ -136,6 +137,7 @@ TABLE: dict[str, list[tuple[str, list[str], list[str]]]] = {
         (r"\frac{5^4-3^4}{2^3}", ["68", r"\frac{544}{8}"], ["67"]),
         (r"\frac{1+\sqrt{7}}{4} \approx 0.911", [r"\frac{1+\sqrt7}{4}"], ["0.911", r"\frac{1+\sqrt7}{2}"]),
     ],
+    "numbers beyond doubles": [(r"\sqrt{5}", [], HUGE), *((huge, [], [r"\sqrt{5}"]) for huge in HUGE)],
     "tuples, intervals": [
         ("(3,-4)", ["(3, -4)", r"\left(3,-4\right)", "( 3 , -4 )", "(x,y)=(3,-4)", "(3.0,-8/2)", r"\bigl(3,-4\bigr)",
          r"(a,b) = (3,-4)"], ["(-4,3)", "3,-4", "[3,-4]", r"\{3,-4\}", "(3,-4,0)", "(3)", "3", "(3,4)", "(3,-4",
@@ -254,7 +256,7 @@ def box(answer: str) -> str:
 @pytest.mark.parametrize("topic", TABLE)
 def test_rules(topic):
     wrong = [row for row in ROWS if row[0] == topic and verify(box(row[2]), row[1]) is not row[3]]
-    assert not wrong, "\n".join(f"gold {gold!r}, answer {answer!r}: should be {right}" for _, gold, answer,
+    assert not wrong, "\n".join(f"gold {gold!r:.99}, answer {answer!r:.99}: should be {right}" for _, gold, answer,
         right in wrong)
 
 
@@ -333,11 +335,6 @@ def test_hostile_text_is_refused_at_once(name):
     assert time.monotonic() - start < 2  # a hang, not a benchmark
 
 
-def test_long_exact_answers():
-    assert verify(r"\boxed{" + "7" * 5_000 + "}", "7" * 5_000)
-    assert not verify(r"\boxed{" + "7" * 5_000 + "}", "7" * 4_999 + "8")
-
-
 def test_the_same_verdicts_from_threads(capfd):
     with ThreadPoolExecutor(4) as threads:
         verdicts = [list(threads.map(lambda row: verify(box(row[2]), row[1]), ROWS)) for _ in range(4)]
@@ -360,9 +357,3 @@ def test_as_a_script():
     done = subprocess.run([sys.executable, verifier.__file__, "--gold", "1/2", r"so \boxed{0.5}"], capture_output=True,
                           text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "right  box: 0.5  gold: 1/2\n", "")
-
-
-@pytest.mark.parametrize("huge", ["10^{400}", "1e999", "9" * 400, "2^{2000}"])
-def test_a_number_beyond_doubles_beside_a_closed_form_is_wrong(huge):
-    for ours, gold in ((huge, r"\sqrt{5}"), (r"\sqrt{5}", huge)):
-        assert verify(rf"\boxed{{{ours}}}", gold) is False
