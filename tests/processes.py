@@ -3,6 +3,7 @@
 Group(2, tmp_path, run_stage, "rollout.py", argv).finish() == [0, 0]
 Group(2, tmp_path, in_group, function, argument).finish() == [0, 0]
 """
+import faulthandler
 import importlib
 import itertools
 import multiprocessing
@@ -65,6 +66,7 @@ def begin(log: str, env: dict[str, str], function, args: tuple) -> None:
     torch.set_num_threads(1)
     # A shell starts what runs in its background deaf to Ctrl-C, and that is inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable()
     function(*args)
 
 
