@@ -25,14 +25,12 @@ from experiments.benches import memory, tools
 from helpers import common, training
 
 
-# --- functions on several processes -----------------------------------------------------------------------------------
 def on_processes(count, tmp_path, function, *args):
     """function(*args) on `count` processes in one gloo group."""
     group = Group(count, tmp_path, in_group, function, *args)
     assert group.finish() == [0] * count, "\n".join(group.said(2))
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
 BUDGETS = {1: 1, 2: 24, 4: 48}  # largest micro-batch of SIZES in rows (one alone is not padded): padded tokens
 
 
