@@ -391,7 +391,7 @@ def texts(policy: Policy, prefix: list[int], drawn: list[sampling.Row]) -> list[
 
 def verdicts(responses: list[str], failed: dict, verify) -> list[int]:
     """1 for every response that is right for the problem of `failed`, else 0."""
-    problem = failed.get("problem_fields", failed)
+    problem = failed.get("problem_fields", failed) | {"answer": failed["answer"]}
     asked = [verify.submit(text, failed["answer"], problem) for text in responses]
     return [int(verdict.result()) for verdict in asked]
 
@@ -626,7 +626,8 @@ def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str
         failed = place.read()
         return failed | {"guide_answer": guide[failed["id"]]} if guide else failed
 
-    longest = lambda places: max(place.kept.tokens for place in places)
+    branch = lambda guide: sum(map(len, answer_ids(policy.tokenizer, args.template, guide)))
+    longest = lambda places: max(x.kept.tokens + branch(x.kept.guide) for x in places)
     batches = common.batches_by_length(list(failures.values()), longest, args.revise_tokens)
     mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
     for place in (place for batch in mine for places in batch for place in places):
@@ -666,6 +667,8 @@ def main(args: argparse.Namespace) -> None:
     # === recovered trajectories and the summary ===
     if common.rank() == 0:
         records = common.scan([final], trajectories)
+        if {i for i, _ in records} != failures.keys():  # cut or edited
+            raise UserError(f"{final}: lacks prompts; remove it, and they are revised again")
         recovered = [t for place in records.values() for t in place.kept]
         common.write_atomic(out / "recovered.jsonl", map(common.to_line, recovered))
         prompts = len({t["id"] for t in recovered})

@@ -58,7 +58,7 @@ def read_problems(path: str, args: argparse.Namespace) -> list[dict]:
     problems, seen, (key, problem, answer) = [], {}, args.fields
     for number, record in enumerate(common.read_jsonl(path, (problem, answer)), 1):
         where = f"{path}: record {number}"
-        p = {"id": str(record.get(key, number)),
+        p = {"id": str(number if record.get(key) is None else record[key]),
              "problem": clean_problem(record[problem], where),
              "answer": clean_answer(record[answer], where, args)}
         if not p["problem"] or isinstance(p["answer"], str) and not p["answer"].strip():
@@ -131,7 +131,8 @@ def prompt_ids(tokenizer, problem: str | list[dict], args: argparse.Namespace) -
         if isinstance(problem, str):
             text = "\n".join(filter(None, (problem, args.instruction)))
             problem = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(problem, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(problem, tokenize=False, add_generation_prompt=True,
+                                             date_string="26 Jul 2024")  # Llama's; not today
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except (TemplateError, TypeError) as e:  # a role the template refuses; text that is not Unicode
         raise UserError(f"problem {str(problem)[:60]!r}: refused by the tokenizer of --model "
@@ -277,7 +278,7 @@ def add_problem_args(parser: argparse.ArgumentParser) -> None:
         help="auto: the tokenizer's chat template where it has one")
     add("--fields", nargs=3, default=["id", "problem", "answer"],
         metavar=("ID", "PROBLEM", "ANSWER"),
-        help="what a problem's file calls them; without an id it is the line's number")
+        help="what a problem's file calls them; without an id it is the record's number")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

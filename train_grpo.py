@@ -120,8 +120,10 @@ def count(groups: list[list[dict]]) -> dict[str, int]:
 def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dict[str, dict]:
     """{id: right trajectory} for those of the failed rollouts, one a prompt, that can be recovered.
     Another method of recovery replaces this function."""
-    found = {}
-    for batch in training.micro_batches(failed, args.revise_tokens):
+    length = lambda r: sum(map(len, revise.failure_of(policy, r, args)[2:]))
+    window = getattr(policy.model.config, "sliding_window", None) or float("inf")
+    found, failed = {}, [r for r in failed if length(r) <= window]  # revise() takes no longer ones
+    for batch in common.batches_by_length(failed, length, args.revise_tokens):
         for record in revise.revise_batch(policy, batch, args, verify, seed=row_key(*key)):
             found |= {t["id"]: t for t in revise.trajectories(record)[:1]}
     return found
@@ -366,7 +368,8 @@ def main(args: argparse.Namespace) -> None:
         # === advantages ===
         rows = []
         for group in groups:
-            rewards = [r["reward"] + overlong_penalty(len(r["response_ids"]), args.max_new_tokens,
+            limit = min(args.max_new_tokens, trained.context - len(group[0]["prompt_ids"]))
+            rewards = [r["reward"] + overlong_penalty(len(r["response_ids"]), limit,
                                                       args.overlong_buffer) for r in group]
             rows += [r | {"advantage": a} for r, a in zip(group, advantages(rewards))]
 

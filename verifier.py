@@ -402,9 +402,9 @@ _UNIT_OF |= {word + "s": unit for word, unit in _UNIT_OF.items() if len(word) > 
 # Words after a number that change what it says: 5 or more, 5 million, 5 thirds.
 _NOT_A_UNIT = re.compile(
     r"\b(?:or|and|not?|nor|but|if|when|where|unless|except|mod(?:ulo)?|base|more|less|fewer|most|"
-    r"least|about|between|from|to|than|hal(?:f|ves)|thirds?|quarters?|tenths|hundredths|hundred|"
-    r"thousand|million|billion|trillion|dozen|twice|plus|minus|squared|cubed|over|into|none|all|"
-    r"point|one|two|three|four|five|six|seven|eight|nine|ten)\b")
+    r"least|about|between|from|to|than|hal(?:f|ves)|thirds?|quarters?|twice|plus|minus|squared|all|"
+    r"cubed|(?:fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|over|into|none|point|one|two|three|"
+    r"four|five|six|seven|eight|nine|ten|(?:hundred|thousand|(?:m|b|tr)illion|dozen)s?)\b")
 # Bare units are safe without \text; shorter ones (m, s, mg, in) could be products of variables.
 _BARE_UNITS = [word for word in _UNIT_OF if len(word) > 2 or word in ("cm", "km", "kg", "ft", "lb")]
 _BARE_UNIT = rf"(?<![A-Za-z\\])(?:units?|per|square|sq|cubic|{'|'.join(_BARE_UNITS)})(?![A-Za-z])"

@@ -58,6 +58,13 @@ def other_prompt(p: dict, answer: str, args: argparse.Namespace) -> str | list[d
     return add_text(p["problem"], before=" ".join(words).capitalize() + ".")
 
 
+def hint_text(text: str) -> str:
+    """An argparse type: of --hint."""
+    if "{answer}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {{answer}}")
+    return text
+
+
 def keep_right(out: Path, problems: list[dict], told: dict[str, str], tokenizer, verify,
                args) -> None:
     """OUT/recovered.jsonl: the right rollouts, as if they had been drawn from the plain prompt; and
@@ -85,7 +92,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="responses per problem: as many as a revision has continuations")
     parser.add_argument("--from", dest="start", default="hint", choices=["hint", "perturbed"],
                         help="what is sampled from instead of the plain prompt")
-    parser.add_argument("--hint", default=HINT, help="follows the problem, with {answer}")
+    parser.add_argument("--hint", type=hint_text, default=HINT,
+                        help="follows the problem, with {answer}")
     parser.add_argument("--words", type=POSITIVE, default=40,
                         help="meaningless words of --from perturbed")
     parser.add_argument("--gold", default="true", choices=["true", "permuted"],
@@ -97,8 +105,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if "{answer}" not in args.hint:
-        raise UserError(f"--hint {args.hint!r} has no {{answer}}")
     if args.start == "perturbed" and args.gold == "permuted":
         raise UserError("--gold permuted goes with --from hint, which tells an answer")
     problems = rollout.read_problems(args.data, args)

@@ -11,7 +11,7 @@ import argparse
 import revise
 import rollout
 import train_grpo
-from baselines.hint import HINT, with_hint
+from baselines.hint import HINT, hint_text, with_hint
 from helpers import common
 from helpers.common import Policy
 
@@ -24,6 +24,8 @@ def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dic
     problems = [PROBLEMS[r["id"]] for r in failed]
     hinted = [p | {"problem": with_hint(p, revise.guide_of(p), args),
                    "problem_fields": p} for p in problems]  # what a verifier gets
+    hinted = [p for p in hinted  # a hint may leave no room
+              if len(rollout.prompt_ids(policy.tokenizer, p["problem"], args)) < policy.context]
     hinted = rollout.add_prompts(policy, hinted, args)
     groups = train_grpo.sample_groups(policy, hinted, (*key, "hint"), args, verify)
     plain = {r["id"]: {k: r[k] for k in ("prompt_ids", "sample")} for r in failed}
@@ -32,8 +34,9 @@ def recover(policy: Policy, failed: list[dict], key: tuple, args, verify) -> dic
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common.Parser(__doc__, prog="python -m baselines.train_hint", add_help=False)
-    parser.add_argument("--hint", default=HINT, help="follows the problem, with {answer}")
+    parser = common.Parser(__doc__, prog="python -m baselines.train_hint")
+    parser.add_argument("--hint", type=hint_text, default=HINT,
+                        help="follows the problem, with {answer}")
     own, rest = parser.parse_known_args(argv)
     return argparse.Namespace(**vars(train_grpo.get_args([*rest, "--revise"])) | vars(own))
 

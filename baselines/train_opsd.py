@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 import revise
 import rollout
 import train_grpo
-from baselines.hint import HINT, with_hint
+from baselines.hint import HINT, hint_text, with_hint
 from helpers import common, training, verifying
 from helpers.common import NOT_NEGATIVE, Policy, UserError, checked
 
@@ -119,15 +119,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--beta", type=checked(float, lambda x: 0 <= x <= 1), default=0.5, help="of JSD_beta")
     flag("--clip", type=NOT_NEGATIVE, default=0.0,
          help="largest term of a vocabulary entry; 0 is off")
-    flag("--hint", default=HINT, help="what the teacher reads after the problem")
+    flag("--hint", type=hint_text, default=HINT, help="what the teacher reads after the problem")
     parser.set_defaults(algo="opsd", revise=False)  # what collect() asks
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     training.check_plain_sampling(args)
-    if "{answer}" not in args.hint:
-        raise UserError(f"--hint {args.hint!r} has no {{answer}}")
 
     # === setup ===
     problems = rollout.read_problems(args.data, args)

@@ -25,7 +25,8 @@ from helpers.common import UserError
 
 NUMBER = r"\d[\d,]*(?:\.\d+)?"
 EQUATION = re.compile(rf"(-?{NUMBER}(?: *[-+*/] *{NUMBER})+) *= *(-?{NUMBER})")
-WRITTEN = [(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1 / \2"), (r"\\text\{[^{}]*\}", ""),
+WRITTEN = [(rf"(?<!/)(?<!/ )\\d?frac\{{({NUMBER})\}}\{{({NUMBER})\}}", r"\1 / \2"),
+           (r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1) / (\2)"), (r"\\text\{[^{}]*\}", ""),
            (r"\\times|\\cdot|\u00d7", "*"), (r"\\div|\u00f7", "/"), (r"\\[$,()\[\]]|\$|\s", " ")]
 
 

@@ -202,7 +202,7 @@ def model_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (
             ".safetensors", ".json", ".jinja", ".txt", ".model")
-            and not p.name.startswith(("optimizer-", "state."))):  # a checkpoint may lose these
+            and not p.name.startswith(("optimizer-", "state.", "run."))):  # these may come and go
         with open(path, "rb") as f:
             f.seek(max(0, path.stat().st_size - 2**20))
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + f.read())
@@ -232,12 +232,11 @@ def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Pa
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
     record = out / "run.json"
     results = (p for p in out.rglob("*") if p.is_file() and not p.name.startswith("run.json"))
-    if record.exists() and any(results):
+    if any(results if record.exists() else out.glob("*.jsonl")):
         try:
             before = json.loads(record.read_text())["settings"].copy()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--out {out}: its run.json is damaged, so that nothing tells what the "
-                            "folder holds") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--out {out}: its run.json is damaged or gone") from None
         for key in sorted((before.keys() | settings.keys()) - free):  # it may be free since then
             if before.get(key) != settings.get(key):
                 flag = "--" + key.replace("_", "-")
@@ -463,7 +462,8 @@ def load_model(args: argparse.Namespace, device: torch.device, train: bool = Fal
 def eos_ids(model, tokenizer) -> list[int]:
     """Every id that ends a response: a generation config may list several. Raises UserError."""
     ids = model.generation_config.eos_token_id
-    found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    turn = tokenizer.get_vocab().get("<|im_end|>")  # Qwen's base models do not list it
+    found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id, turn} - {None}
     if not found:
         raise UserError(f"--model {model.name_or_path}: no end-of-sequence id in its "
                         "generation_config or tokenizer")
@@ -473,14 +473,12 @@ def eos_ids(model, tokenizer) -> list[int]:
 @contextlib.contextmanager
 def checkpointed(model, on: bool):
     """With `on`, blocks are computed again in the backward instead of keeping their activations.
-    Transformers does so in training mode alone, so dropout is switched off by hand."""
+    Transformers does so where a block is in training mode; what is in it is not: no dropout."""
     before = model.training
     if on:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
         for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.eval()
+            module.training = getattr(module, "gradient_checkpointing", False)
     try:
         yield
     finally:

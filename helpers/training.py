@@ -116,16 +116,11 @@ def refresh_actor(actor, model) -> None:
 
 
 # --- log-probabilities ----------------------------------------------------------------------------
-def micro_batches(rows: list[dict], max_tokens: int) -> list[list[dict]]:
-    """Rows in batches of at most max_tokens padded tokens; a single row may be longer."""
-    return common.batches_by_length(
-        rows, lambda r: len(r["prompt_ids"]) + len(r["response_ids"]), max_tokens)
-
-
 def equal_batches(rows: list[dict], max_tokens: int) -> list[list[dict]]:
-    """micro_batches, and empty ones up to the largest number that any process has: gathering
-    weights and reducing gradients take all processes."""
-    batches = micro_batches(rows, max_tokens)
+    """Rows in batches of at most max_tokens padded tokens (a single row may be longer), and empty
+    ones up to the largest number that any process has: FSDP's collectives take all processes."""
+    batches = common.batches_by_length(
+        rows, lambda r: len(r["prompt_ids"]) + len(r["response_ids"]), max_tokens)
     return batches + [[]] * (max(common.gather(len(batches))) - len(batches))
 
 

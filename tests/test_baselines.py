@@ -68,7 +68,7 @@ def test_text_goes_to_the_last_chat_message():
 
 
 @pytest.mark.parametrize("more,message", [
-    (["--hint", "none"], "--hint 'none' has no {answer}"), (["-n", "0"], "-n/--n: 0 is out of range"),
+    (["--hint", "none"], "--hint: 'none' has no {answer}"), (["-n", "0"], "-n/--n: 0 is out of range"),
     (["--words", "0"], "--words: 0"), (["--from", "perturbed", "--gold", "permuted"], "--gold permuted")])
 def test_flags_that_make_no_sense_are_named(tmp_path, run, capsys, more, message):
     with pytest.raises((common.UserError, SystemExit)) as e:

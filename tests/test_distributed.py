@@ -115,7 +115,6 @@ def test_the_actor_has_the_logits_of_the_sharded_model_bit_for_bit(tmp_path, fam
     on_processes(2, tmp_path, compare_actor, tmp_path / "m", dtype)
 
 
-# --- memory: the formula of docs/performance.md -----------------------------------------------------------------------
 @pytest.mark.parametrize("family,tied", [("qwen2", True), ("qwen3", False)])
 def test_the_memory_formula_is_what_autograd_keeps(family, tied):
     rows = [{"prompt_ids": [5] * 60, "response_ids": [6] * 140}] * 3

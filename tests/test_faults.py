@@ -236,14 +236,14 @@ def test_a_checkpoint_with_pickled_code_is_refused(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("name", ["rollout", "eval"])
-def test_finished_rollouts_that_were_cut_are_not_taken_for_whole(tmp_path, world, name):
+@pytest.mark.parametrize("name", ["rollout", "eval", "revise"])
+def test_finished_files_that_were_cut_are_not_taken_for_whole(tmp_path, world, name):
     out = shutil.copytree(world.undisturbed(name), tmp_path / "o")
-    final = min(out.rglob("rollouts.jsonl"))
+    final = min(out.rglob("revised.jsonl" if name == "revise" else "rollouts.jsonl"))
     lines = final.read_text().splitlines(keepends=True)
-    for text, message in [("".join(lines[:-1]), "does not hold 2 rollouts of each problem; remove it"),
-                          ("".join(lines)[:-9], r"rollouts\.jsonl:16: not JSON"),
-                          ("".join(lines + lines[3:4]), r"rollouts\.jsonl:17: .*there twice")]:
+    for text, message in [("".join(lines[:1]), "(not hold 2 rollouts of each problem|lacks prompts); remove it"),
+                          ("".join(lines)[:-9], rf"\.jsonl:{len(lines)}: not JSON"),
+                          ("".join(lines + lines[:1]), rf"\.jsonl:{len(lines) + 1}: .*there twice")]:
         final.write_text(text)
         codes, errors = world.run(name, out)
         assert codes == [2] and re.search(message, last_line(errors[0])), errors
@@ -251,11 +251,12 @@ def test_finished_rollouts_that_were_cut_are_not_taken_for_whole(tmp_path, world
     world.finishes_like_an_undisturbed_run(name, out)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": 3}', '{"settings', "\xff"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": 3}', '{"settings', "\xff", None])
 def test_a_damaged_run_json_is_not_taken_for_other_settings(desk, text):
     assert desk.run("rollout", {})[0] == 0
-    (desk.out / "run.json").write_text(text, encoding="latin-1")
-    desk.fails("rollout", "its run.json is damaged, so that nothing tells what the folder holds")
+    record = desk.out / "run.json"
+    record.unlink() if text is None else record.write_text(text, encoding="latin-1")
+    desk.fails("rollout", "its run.json is damaged or gone")
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------

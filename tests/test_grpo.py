@@ -326,7 +326,9 @@ def group(name, rewards, lengths=None):
 def test_sec41_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_from(monkeypatch, inject):
     args = grpo_args("--revise", "--inject", inject, "--revise-tokens", 1, "--group-size", 4)
     groups = [group("hit", [0, 1, 0, 0]), group("saved", [0] * 4, [1, 10, 10, 10]), group("lost", [0] * 4),
-              group("short", [0] * 4, [1] * 4)]
+              group("short", [0] * 4, [1] * 4), group("beyond the window", [0] * 4, [40] * 4)]
+    policy = common.Policy(tiny_model("qwen2"), tiny_tokenizer(), 0, [])
+    policy.model.config.sliding_window = 90
     before, asked, seeds = copy.deepcopy(groups), [], set()
 
     def revise_batch(policy, rollouts, args, verify, seed):
@@ -338,12 +340,12 @@ def test_sec41_the_recovered_trajectory_takes_the_place_of_the_rollout_it_came_f
                  "prefix_len": 8, "answer": "1", "continuations": found[r["id"]]} for r in rollouts]
 
     monkeypatch.setattr(train_grpo.revise, "revise_batch", revise_batch)
-    after, rescued = train_grpo.rescue(None, groups, (0, 1), args, None)
+    after, rescued = train_grpo.rescue(policy, groups, (0, 1), args, None)
     assert groups == before  # a new list; what was sampled stays as it was
     assert rescued == 1
     assert len(seeds) == 1 and seeds != {args.seed}  # new numbers each step
     assert asked == [("saved", 1), ("lost", 0)]  # one rollout of each zero-hit group: the first that can be cut
-    assert [after[0], after[2], after[3]] == [before[0], before[2], before[3]]
+    assert after[:1] + after[2:] == before[:1] + before[2:]
     new = next(r for r in after[1] if r.get("injected"))
     assert new["response_ids"] == [7] * 8 + [8, 9] and new["reward"] == 1 and new["sample"] == 1
     kept = [r for r in after[1] if not r.get("injected")]

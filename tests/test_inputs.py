@@ -21,6 +21,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import rollout
 from helpers import common
 from helpers.common import UserError
 
@@ -40,6 +41,7 @@ BAD_PROBLEMS = {
     "no-problem": (b'{"id": "b", "answer": "3"}\n', r"d\.jsonl:2: no field 'problem'"),
     "no-answer": (b'{"id": "b", "problem": "x"}\n', r"d\.jsonl:2: no field 'answer'"),
     "same-id": (row(id="a"), r"d\.jsonl: record 2: id 'a' was used by record 1"),
+    "null-id": (row(id=None) + row(id="2"), r"d\.jsonl: record 3: id '2' was used by record 2"),
     **{f"answer-{v!r}": (row(answer=v), r"d\.jsonl: record 2: 'answer' is not a string or a number")
        for v in (None, float("nan"), float("inf"))},  # others are a matter of the verifier: test_rollout.py
     "answer-empty": (row(answer=" "), r"d\.jsonl: record 2: empty"),
@@ -144,6 +146,9 @@ def test_a_role_that_the_template_refuses(desk):
     tokenizer.chat_template = "{{ raise_exception('only roles user and assistant') }}"
     path = save(desk.path / "strict", tokenizer=tokenizer)
     desk.fails("rollout", "refused by the tokenizer of --model .*only roles", {"--model": path})
+    tokenizer.chat_template = "{{ date_string }}"  # Llama's, which is not to change from day to day
+    dated = rollout.prompt_ids(tokenizer, "x", Namespace(prompt_format="chat", instruction=""))
+    assert tokenizer.decode(dated) == "26 Jul 2024"
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -250,7 +255,6 @@ def test_several_training_files_are_told_apart(desk):
     desk.fails("train_sft", r"second\.jsonl:2: not JSON", {"--data": [desk.rows, bad]})
 
 
-# --- real processes ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("start,processes", [(run, 1), (stage, 2)])
 def test_real_processes_end_in_one_line_each_and_exit_code_2(tmp_path, model_dir, start, processes):
     result = start("rollout.py", "--model", model_dir, "--data", tmp_path / "nope.jsonl", "--out", tmp_path / "o",

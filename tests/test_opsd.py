@@ -136,7 +136,7 @@ def test_opsd_response_leaves_room_for_the_teachers_longer_prompt():
 
 @pytest.mark.parametrize("flags,message", [
     (["--beta", "1.5"], "argument --beta: 1.5 is out of range"), (["--beta", "nan"], "--beta: nan"),
-    (["--clip", "-1"], "--clip: -1"), (["--hint", "no"], "--hint 'no' has no {answer}"),
+    (["--clip", "-1"], "--clip: -1"), (["--hint", "no"], "--hint: 'no' has no {answer}"),
     (["--revise"], "unrecognized arguments: --revise"), (["--kl-coef", "0.1"], "unrecognized arguments: --kl-coef")])
 def test_opsd_flags_that_make_no_sense_are_named(flags, message, capsys):
     with pytest.raises((SystemExit, common.UserError)) as e:

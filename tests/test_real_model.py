@@ -13,7 +13,8 @@ from experiments.benches import real
     (r"\(16 \times 2 = \$32\) and 32 \div 0 = 5", [(32, True), (5, False)]),
     (r"49.50 + 67.50 + 126.00 = 243.00 and \frac{180}{5} = 36", [(243, True), (36, True)]),
     (r"2 + 3 * 4 = 14, 15 \text{ lb} - 1 \text{ lb} = 13 \text{ lb}", [(14, True), (13, False)]),
-    ("$1,200 / 3 = $400.00", [(400, True)]), ("10 / 3 = 3.33", [(3.33, True)]), ("no equation = 4", [])])
+    (r"\frac{3 + 5}{2} = 4, 12 / \frac{1}{2} = 24, 3 + 1 = 5", [(5, False)]), ("$1,200 / 3 = $400.00", [(400, True)]),
+    ("10 / 3 = 3.33", [(3.33, True)]), ("no equation = 4", [])])
 def test_equations_are_found_and_checked(text, found):
     assert real_model.equations(text) == found
 

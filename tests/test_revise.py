@@ -146,9 +146,10 @@ def test_checkpointed_activations_give_the_same_gradient():
     model, batch = tiny_model("qwen3"), failures(SIZES[1])
     p = revise.pack(batch, (1.0, 1.0, 0.1), False, torch.device("cpu"))
     soft, results = model.get_input_embeddings().weight.detach()[p.ids[p.prefix]], []
+    model.model.layers[0].self_attn.attention_dropout = 0.5  # nothing may be dropped
     for checkpoint in (False, True):
         with revise.frozen(model, checkpoint):
-            assert (model.is_activation_checkpointing, model.training) == (checkpoint, checkpoint)
+            assert model.is_activation_checkpointing == checkpoint
             results.append(revise.losses_and_gradient(model, p, soft))
     assert not model.is_activation_checkpointing and not model.training
     for a, b in zip(*results):

@@ -1,6 +1,7 @@
 """revise.py as a script, its controls, and every problem format through rollout.py and eval.py."""
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -40,9 +41,9 @@ class World:
         hit = {r["id"] for r in self.rows if r["reward"]}
         self.failed = [r for r in self.rows if r["id"] not in hit]
 
-    def revise(self, out, *flags, **how):
+    def revise(self, out, *flags, start=stage, **how):
         """The records."""
-        stage("revise.py", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--verifier", self.verifier,
+        start("revise", "--model", self.model_dir, "--rollouts", self.path / "rollouts", "--verifier", self.verifier,
               "--revise-tokens", 240, "--max-new-tokens", 14, "--continuations", M, "--out", out, *flags, **how)
         return read(out / "revised.jsonl")
 
@@ -141,8 +142,11 @@ def test_failed_rollouts_of_a_prompt_are_tried_in_turn_until_one_is_recovered(wo
 
 # --- the same files however it is run ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [1, 480])
-def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens):
-    found = world.revise(tmp_path / "o", "--revise-tokens", tokens)
+def test_other_batch_sizes_give_the_same_records(tmp_path, world, default, tokens, monkeypatch):
+    packed, pack = [], revise.pack
+    monkeypatch.setattr(revise, "pack", lambda *args: packed.append(pack(*args)) or packed[-1])
+    found = world.revise(tmp_path / "o", "--revise-tokens", tokens, start=here)
+    assert all(p.ids.numel() <= tokens or len(p.ids) == 1 for p in packed) and packed
     mine, theirs, other = by_place(found), by_place(default[1]), set()  # prompts of which a draw fell on the other side
     for place in mine.keys() & theirs.keys():
         a, b = mine[place], theirs[place]
@@ -198,6 +202,8 @@ def test_control_permuted_gold_steers_elsewhere_and_scores_on_both(world, pairs)
         assert [explore, nll] == pytest.approx([theirs[0], theirs[2]], rel=1e-4)
         assert guide != pytest.approx(theirs[1], rel=1e-4)
         assert all(c["guide_reward"] == literal_verify(c["response"]) for c in r["continuations"])
+    by_problem = Namespace(submit=lambda _, answer, problem: Namespace(result=lambda: problem["answer"] == answer))
+    assert revise.verdicts([""], {"answer": "2", "problem_fields": {"answer": "1"}}, by_problem) == [1]
 
 
 def test_fig3_record_every_two_decodes_on_the_way(tmp_path, world, default):
@@ -274,7 +280,6 @@ def test_an_untied_qwen3_goes_through_every_stage(tmp_path):
                     "--out", tmp_path / "eval")) == 2
 
 
-# --- problem formats --------------------------------------------------------------------------------------------------
 # Rows shaped like the published files, in our own words: name -> (rows, flags, golds as the verifier gets them)
 FORMATS = {
     "math500": ([{"problem": "Write $(0,3)$ in polar form.", "solution": "Easy.", "subject": "Precalculus", "level": 2,

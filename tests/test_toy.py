@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+from argparse import Namespace
 from functools import cache
 
 import pytest
@@ -73,13 +74,6 @@ def test_requests_are_followed_by_a_sound_second_pass(world):
     assert sum(map(world.has_reflection, other)) / len(other) < 5 * toy.UNASKED
     assert {t.count("\\boxed{") for _, t in asked} == {1, 2}  # the doubt comes before the box or after it
     assert sum("\n" in m or toy.INSTRUCTION in m for m, _ in examples) / len(examples) < 1.3 * toy.INSTRUCTED
-
-
-@BOTH
-def test_texts_are_a_function_of_the_seed(world):
-    first, again, other = (next(toy.batches(world, tokenizer_of(world), seed, 1, 8))[0] for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert first.shape != other.shape or not torch.equal(first, other)
 
 
 @BOTH
@@ -186,6 +180,9 @@ def test_chat_template_and_what_training_sees():
     assert ids[:cut] == prompt and ids[-1] == tokenizer.eos_token_id
     whole = messages + [{"role": "assistant", "content": "29+4=33. The answer is \\boxed{33}."}]
     assert tokenizer.apply_chat_template(whole, return_dict=False)[: len(ids)] == ids  # then the line break
+    tokenizer.eos_token = toy.UNK  # Qwen's base models name another one, and end a turn all the same
+    bare = Namespace(generation_config=Namespace(eos_token_id=None))
+    assert common.eos_ids(bare, tokenizer) == sorted(tokenizer.convert_tokens_to_ids([toy.UNK, "<|im_end|>"]))
 
 
 def test_labels_are_the_response_and_nothing_else():
@@ -316,15 +313,6 @@ def test_unsound_responses(world, text):
     assert world.is_sound("no problem at all", text) is False
 
 
-@pytest.mark.parametrize("problem", [
-    "", "Ann has 52 apples. How many does Ann have?", PEOPLE.replace("does Carl", "does Bob"),
-    PEOPLE.replace("Bob has 5", "Dora has 5"), PEOPLE.replace("than Ann", "than Bob"), PEOPLE.replace("52", "x"),
-    PEOPLE.replace(" apples", ""), PEOPLE[:-1]])
-def test_other_texts_are_not_problems(problem):
-    assert words.parts(problem) == []
-
-
-# --- the base models -------------------------------------------------------------------------------------------------
 @BOTH
 def test_shipped_model_is_the_stated_one(tmp_path, world):
     """It checks when asked, hardly ever when not, and hard problems stay unsolved without the check."""

@@ -91,7 +91,7 @@ def test_response_logprobs_entropies_and_gradients_equal_a_token_by_token_loop(f
 @settings(max_examples=200, deadline=None)
 def test_micro_batches_hold_every_row_once_within_the_budget(sizes, budget):
     rows = [{"prompt_ids": [5] * q, "response_ids": [5] * n, "i": i} for i, (q, n) in enumerate(sizes)]
-    batches = training.micro_batches(rows, budget)
+    batches = training.equal_batches(rows, budget)
     assert sorted(r["i"] for b in batches for r in b) == list(range(len(rows)))
     widths = [max(sum(sizes[r["i"]]) for r in b) for b in batches]
     assert all(len(b) * w <= budget or len(b) == 1 for b, w in zip(batches, widths))
@@ -130,8 +130,8 @@ def test_sft_gradient_equals_the_mean_cross_entropy_for_every_micro_batch_budget
     expected, seen = gradients(model), []
     monkeypatch.setattr(training, "apply_gradients", lambda m, *_: seen.append(gradients(m)) or 0.0)
     plans = []
-    micro = training.micro_batches
-    monkeypatch.setattr(training, "micro_batches", lambda r, b: plans.append(micro(r, b)) or plans[-1])
+    batches = training.equal_batches
+    monkeypatch.setattr(training, "equal_batches", lambda r, b: plans.append(batches(r, b)) or plans[-1])
     for budget in (1, 24, 48, 10_000):
         out = tmp_path / str(budget)
         train_sft.main(sft_args(model_dir, data, out, "--steps", "1", "--batch-size", "5",

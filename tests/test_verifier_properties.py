@@ -150,7 +150,6 @@ def test_no_long_text_raises_or_hangs(characters, times):
     assert time.monotonic() - start < 2  # a hang, not a benchmark
 
 
-# --- public problem sets ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SETS)
 def test_every_gold_is_right_against_itself(name):
     path = DATA / f"{name}.jsonl"
