@@ -20,7 +20,7 @@ moment, the same command samples what is missing.
 
 Memory  --decode-tokens: the KV cache never holds more (29 KB a token for Qwen2.5-1.5B in bfloat16,
         147 KB for Qwen3-8B), so long responses are decoded in smaller batches; a pass over new
-        prompts adds 8,192 tokens at most. --decode-rows bounds the logits, rows x vocabulary.
+        prompts adds 8,192 tokens, or one prompt. --decode-rows bounds logits, rows x vocabulary.
 
 Differs from the paper: prompts with the instruction to use \\boxed{} (DAPO's "Answer:" wrapper is
 replaced); sampling settings are these flags alone, never those of a checkpoint's generation_config.
