@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from experiments import demo, evidence, show, style, tables
+from experiments import demo, evidence, plot, show, style, tables
 from experiments.demo import PROBLEMS, share, wilson_interval
 from experiments.evidence import HINT, LIKELY, REVISE
 from helpers import common
@@ -212,7 +212,7 @@ def as_text(title: str, rows: list[dict]) -> str:
 def figure(found: dict[str, list[dict]], out: Path) -> None:
     """Soundly recovered at equal tokens, and pass@1 after training, against the measured hit rate."""
     plt = style.load()
-    fig, axes = plt.subplots(1, 2 * len(found), figsize=(4.8 * len(found), 3.2), squeeze=False)
+    fig, axes = plt.subplots(1, 2 * len(found), figsize=(9.6 * len(found), 3.0), squeeze=False)
     for k, (title, rows) in enumerate(found.items()):
         x = [100 * max(r["hits"], 0.5) / r["samples"] for r in rows]
         left, right = axes[0][2 * k:2 * k + 2]
@@ -221,19 +221,22 @@ def figure(found: dict[str, list[dict]], out: Path) -> None:
             left.plot(x, [100 * m["equal"][1] / m["n"] for m in at], "o", linestyle=line, color=colour, label=label)
             band = [[100 * b for b in wilson_interval(m["equal"][1], m["n"])] for m in at]
             left.fill_between(x, *zip(*band), color=colour, alpha=0.12, linewidth=0)
-        for arm, colour, line in zip(("GRPO N=8", "GRPO+LatentRevise", "GRPO+noise", "RFT", "GRPO+hint"), style.COLOURS,
+        for arm, colour, line in zip(("GRPO+LatentRevise", "GRPO N=8", "GRPO+noise", "RFT", "GRPO+hint"), style.COLOURS,
                                      style.LINES):
             on = [(a, 100 * tables.mean([tables.mean(v) for v in r["arms"][arm][1]]))
                   for a, r in zip(x, rows) if arm in r["arms"]]
             if on:
                 right.plot(*zip(*on), "o", linestyle=line, color=colour, label=arm)
-        left.set(title=f"{title}\nrecovered with right reasoning, %", ylim=(0, None))
-        right.set(title="after training, pass@1 in %", ylim=(0, None))
+        left.set(title=f"{plot.TITLES[title]}:\nrecovered with right reasoning, %", ylim=(0, None))
+        right.set(title="after training on these prompts,\npass@1 on others, %", ylim=(0, None))
         trained = any(r["arms"] for r in rows)
         right.set_visible(trained)
         for axis in (left, right) if trained else (left,):
-            axis.set(xscale="log", xlabel="hit rate of a sample, %")
-            axis.legend(fontsize=8)
+            axis.set(xscale="log", xlabel="right samples before training, %")
+            ticks = sorted({float(f"{share:.1g}") for share in x})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     style.save(fig, out / "frontier")
 
 
