@@ -13,6 +13,8 @@ from pathlib import Path
 
 # Read at import: a missing folder is not looked for on the hub, and --device auto is the CPU on every machine
 ENV = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):  # oneDNN too: PyTorch's bfloat16 attention asks it
+    ENV["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # whether the processor has AMX, and then lacks its own kernel for that
 os.environ |= ENV
 
 import pytest
@@ -199,7 +201,6 @@ def stage(script: str, *args, processes: int = 1, kill_at: int = 0, check: bool 
     return subprocess.CompletedProcess([script, *argv], code, out, err)
 
 
-# --- a stage in this process, on inputs to spoil ----------------------------------------------------------------------
 STAGES = ["rollout", "revise", "train_sft", "train_grpo", "eval"]
 SAMPLERS = ["rollout", "revise", "train_grpo", "eval"]
 READERS = ["rollout", "train_grpo", "eval"]  # of problems

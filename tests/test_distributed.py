@@ -129,7 +129,6 @@ def test_the_memory_formula_is_what_autograd_keeps(family, tied):
                 model.config, dtype.itemsize, 600, 420, checkpointed) == pytest.approx(kept, rel=0.06)
 
 
-# --- bfloat16 ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bfloat16_samples_refers_to_and_trains_one_and_the_same_policy(tmp_path, model_dir, processes):
     data, verifier = write_problems(tmp_path / "d.jsonl"), write_verifier(tmp_path / "v.py")
