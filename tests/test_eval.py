@@ -57,7 +57,6 @@ def test_distinct_names_are_the_shortest_endings_that_differ(paths, names, tmp_p
     assert evaluation.distinct_names(paths) == names
 
 
-# --- the stage as a script --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model_dir):
     """Two models on two problem sets."""

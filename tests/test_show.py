@@ -47,7 +47,8 @@ def test_show_reads_the_model_from_run_json(tmp_path, model_dir, capsys):
     write(tmp_path, record(), record(sample=1, recovered=False))
     with pytest.raises(common.UserError, match="--model"):
         run(tmp_path, "--id", "p")
-    common.start_run(tmp_path, argparse.Namespace(model=str(model_dir), out=str(tmp_path)))
+    made = common.start_run(tmp_path / "o", argparse.Namespace(model=str(model_dir))) / "run.json"
+    made.rename(tmp_path / "run.json")
     for flags, shown in (([], "rollout 1"), (["--sample", "0"], "rollout 0")):
         run(tmp_path, "--id", "p", *flags)
         assert shown in capsys.readouterr().out
