@@ -7,7 +7,7 @@
 
 Reads   problems, as rollout.py does; recipes/get_data.py fetches the paper's test sets.
 Writes  OUT/MODEL/DATA/rollouts.jsonl (every sample behind the numbers), results.json, results.md.
-        Problem sets and ks can be added to OUT; what it holds is not sampled again.
+        Models of other names, sets and ks can be added to OUT: what it holds is not sampled again.
 
 Differs from the paper: adds the 95 % interval (bootstrap over problems).
 """

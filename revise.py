@@ -509,6 +509,12 @@ def read_failures(file: Path, rho: float) -> tuple[dict[str, list[common.Place]]
     return {i: sorted(places, key=lambda x: x.kept.key) for i, places in failures.items()}, skipped
 
 
+def finished(prompts: list[list[common.Place]], done: dict) -> bool:
+    """Whether of each prompt all failed rollouts are tried, or one recovered (`kept` of `done`)."""
+    tried = [[done.get(place.kept.key) for place in places] for places in prompts]
+    return all(all(found) or any(t and t.kept for t in found) for found in tried)
+
+
 def permuted_answers(answers: dict[str, str], seed: int) -> dict[str, str]:
     """--gold permuted: each prompt gets the answer of another prompt, a different one. Raises
     UserError if all are equal."""
@@ -618,18 +624,14 @@ def run(out: Path, failures: dict[str, list[common.Place]], guide: dict[str, str
     verify = verifying.from_args(args)
     part, done = common.open_part(out, "revised", keep=lambda record: record["recovered"])
 
-    def finished(places: list[common.Place]) -> bool:
-        tried = [done.get(place.kept.key) for place in places]
-        return all(tried) or any(t and t.kept for t in tried)
-
     def load(place: common.Place) -> dict:
         failed = place.read()
         return failed | {"guide_answer": guide[failed["id"]]} if guide else failed
 
     branch = lambda guide: sum(map(len, answer_ids(policy.tokenizer, args.template, guide)))
-    longest = lambda places: max(x.kept.tokens + branch(x.kept.guide) for x in places)
+    longest = lambda places: max(x.kept.tokens for x in places) + branch(places[0].kept.guide)
     batches = common.batches_by_length(list(failures.values()), longest, args.revise_tokens)
-    mine = [b for b in batches[common.rank()::common.world_size()] if not all(map(finished, b))]
+    mine = [b for b in batches[common.rank()::common.world_size()] if not finished(b, done)]
     for place in (place for batch in mine for places in batch for place in places):
         check_rollout(policy, load(place), args, verify)  # before any work, not in its middle
 
@@ -667,8 +669,8 @@ def main(args: argparse.Namespace) -> None:
     # === recovered trajectories and the summary ===
     if common.rank() == 0:
         records = common.scan([final], trajectories)
-        if {i for i, _ in records} != failures.keys():  # cut or edited
-            raise UserError(f"{final}: lacks prompts; remove it, and they are revised again")
+        if not finished(list(failures.values()), records):  # cut or edited
+            raise UserError(f"{final}: lacks records; remove it, and they are made again")
         recovered = [t for place in records.values() for t in place.kept]
         common.write_atomic(out / "recovered.jsonl", map(common.to_line, recovered))
         prompts = len({t["id"] for t in recovered})

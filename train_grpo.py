@@ -349,6 +349,7 @@ def main(args: argparse.Namespace) -> None:
     trained = training.load_model(args, device, train=True)
     model, tokenizer = trained.model, trained.tokenizer
     problems = rollout.add_prompts(trained, problems, args)
+    limits = {p["id"]: p["response_limit"] for p in problems}
     for p in problems if args.revise else []:  # before any work, not in the middle of it
         revise.answer_ids(tokenizer, args.template, revise.guide_of(p))
     # the initial model, also after a restart
@@ -368,8 +369,7 @@ def main(args: argparse.Namespace) -> None:
         # === advantages ===
         rows = []
         for group in groups:
-            limit = min(args.max_new_tokens, trained.context - len(group[0]["prompt_ids"]))
-            rewards = [r["reward"] + overlong_penalty(len(r["response_ids"]), limit,
+            rewards = [r["reward"] + overlong_penalty(len(r["response_ids"]), limits[r["id"]],
                                                       args.overlong_buffer) for r in group]
             rows += [r | {"advantage": a} for r, a in zip(group, advantages(rewards))]
 

@@ -209,8 +209,7 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# Flags of all stages that change a result by no more than float32 rounding (the learning rate is
-# constant, so --steps is one): they may differ when a run continues
+# Flags that may differ when a run continues: rounding alone (--steps: constant learning rate)
 FREE = {"device", "decode_rows", "decode_tokens", "revise_tokens", "train_tokens", "shard", "steps",
         "checkpoint_activations", "save_every", "keep", "samples", "log_to"}
 
@@ -220,8 +219,7 @@ def start_run(out: str | Path, args: argparse.Namespace, free=(), **facts) -> Pa
     Raises UserError naming the first difference. A folder with no more than a run.json has no
     result to protect: a command that failed can be corrected and run again.
 
-    free: further flags that may differ. facts: what else the result depends on (a digest of the
-    data, say).
+    free: further flags that may differ. facts: what else the result depends on, such as the data.
     """
     out, free = Path(out), {*FREE, *free}
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in free | {"out"}} | facts
@@ -490,10 +488,10 @@ def checkpointed(model, on: bool):
 def batches_by_length(items: list, length, max_tokens: int) -> list[list]:
     """Items in batches of at most max_tokens when padded, longest first: little is padding.
     A single one may be longer. length: a function of an item."""
-    batches = []
+    batches, longest = [], 0
     for item in sorted(items, key=length, reverse=True):
-        # the first of a batch is its longest, and so its padded length
-        if not batches or (len(batches[-1]) + 1) * length(batches[-1][0]) > max_tokens:
+        if not batches or (len(batches[-1]) + 1) * longest > max_tokens:
             batches.append([])
+            longest = length(item)  # the first of a batch is its longest, and so its padded length
         batches[-1].append(item)
     return batches

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -161,6 +162,12 @@ def run(script: str, *args, processes: int = 1, check: bool = True, **env: str) 
         cwd=None if script.endswith(".py") else ROOT, env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"} | ENV | env)
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def parsed(command: str) -> tuple[str, argparse.Namespace]:
+    """A command of experiments/: its script, and its arguments as the script's own parser takes them."""
+    script, *argv = shlex.split(command.removeprefix("-m "))
+    return script, importlib.import_module(script.removesuffix(".py")).get_args(argv)
 
 
 def note_draws(path: str):

@@ -159,7 +159,6 @@ print(common.load_model(args, torch.device("cpu")).vocab)"""
     assert read(tmp_path / "a/math500.jsonl") == read(tmp_path / "b/math500.jsonl")
 
 
-# --- overlap ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("one,other,same", [
     ("Find $x$ if  $x^2\\,=4$.", "find \\(x\\) if\n\\(x^2 = 4\\)", True),
     (r"$\left(\dfrac12\right)$", r"$(\frac12)$", True),

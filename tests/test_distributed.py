@@ -154,7 +154,6 @@ def test_shard_auto_is_for_bfloat16_and_for_several_gpus(monkeypatch, dtype, dev
             training.is_sharded(sft_args("m", "d", "o", "--dtype", dtype, "--shard", "off"), torch.device(device))
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, model_dir):
     """One plain process, and the flags of its run."""

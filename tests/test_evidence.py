@@ -2,7 +2,6 @@
 import argparse
 import importlib
 import json
-import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read
+from conftest import ROOT, parsed, read
 from conftest import stage as run_stage
 from transformers import AutoTokenizer
 
@@ -212,14 +211,11 @@ def test_every_command_of_evidence_is_taken_by_its_stage(base, monkeypatch):
         assert len(commands) - before > few and set(commands[before - few:before]) - set(commands[before:]) <= {
             c for c in commands if "/eval" in c}  # a model more to evaluate
     assert len(commands) > 60
-    parsed = []
-    for command in commands:
-        script, *argv = shlex.split(command.removeprefix("-m "))
-        parsed.append((script, importlib.import_module(script.removesuffix(".py")).get_args(argv)))
-    hints = {a.hint for s, a in parsed if s.startswith("baselines.")}
+    runs = list(map(parsed, commands))
+    hints = {a.hint for s, a in runs if s.startswith("baselines.")}
     assert {h.replace("{answer}", "72") for h in hints} == {" So the answer is \\boxed{72}. Check your work."}
     assert TOKENIZER.unk_token_id not in ids(hints.pop().replace("{answer}", "72"))
-    equal = [a for s, a in parsed if s == "rollout.py" and a.out.endswith("equal-compute")]
+    equal = [a for s, a in runs if s == "rollout.py" and a.out.endswith("equal-compute")]
     ours = tables.Records(base).variant("LatentRevise")
     fresh = sum(len(c["ids"]) for r in ours for c in r["continuations"]) / 8  # fresh sampling wrote the same
     assert equal[0].n == round(sum(map(tables.cost, ours)) / 4 / fresh)

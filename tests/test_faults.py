@@ -241,7 +241,7 @@ def test_finished_files_that_were_cut_are_not_taken_for_whole(tmp_path, world, n
     out = shutil.copytree(world.undisturbed(name), tmp_path / "o")
     final = min(out.rglob("revised.jsonl" if name == "revise" else "rollouts.jsonl"))
     lines = final.read_text().splitlines(keepends=True)
-    for text, message in [("".join(lines[:1]), "(not hold 2 rollouts of each problem|lacks prompts); remove it"),
+    for text, message in [("".join(lines[:-1]), "(does not hold 2 rollouts of each problem|lacks records); remove it"),
                           ("".join(lines)[:-9], rf"\.jsonl:{len(lines)}: not JSON"),
                           ("".join(lines + lines[:1]), rf"\.jsonl:{len(lines) + 1}: .*there twice")]:
         final.write_text(text)

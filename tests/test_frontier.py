@@ -1,11 +1,9 @@
 """frontier.py: its base models, the control that it adds to GRPO, its commands, and its counts by hand."""
-import importlib
 import random
-import shlex
 
 import pytest
 import torch
-from conftest import read, write_problems, write_verifier
+from conftest import parsed, read, write_problems, write_verifier
 from safetensors.torch import load_file
 
 import rollout
@@ -93,9 +91,7 @@ def test_every_command_is_taken_by_its_stage(tmp_path, monkeypatch):
     frontier.recover(toy, tmp_path, bases, size)
     frontier.train(toy, tmp_path, bases, size)
     assert len(commands) == 2 + 1 + len(frontier.RECOVERY) + len(frontier.TRAINING) + 1
-    for command in commands:
-        script, *argv = shlex.split(command.removeprefix("-m "))
-        args = importlib.import_module(script.removesuffix(".py")).get_args(argv)
+    for script, args in map(parsed, commands):
         if "hint" in script and getattr(args, "start", "hint") == "hint":
             assert args.hint.replace("{answer}", "72") == " So the answer is \\boxed{72}. Check your work."
 

@@ -149,6 +149,8 @@ def test_a_role_that_the_template_refuses(desk):
     tokenizer.chat_template = "{{ date_string }}"  # Llama's, which is not to change from day to day
     dated = rollout.prompt_ids(tokenizer, "x", Namespace(prompt_format="chat", instruction=""))
     assert tokenizer.decode(dated) == "26 Jul 2024"
+    base = Namespace(eos_token_id=1, get_vocab=lambda: {"<|im_end|>": 7})  # as Qwen's: a turn ends all the same
+    assert common.eos_ids(Namespace(generation_config=Namespace(eos_token_id=None)), base) == [1, 7]
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ def test_defaults_are_those_of_the_first_version():
     assert (args.group_size, args.beta, args.clip, args.lr, args.batch_size) == (1, 0.5, 0.0, 1e-5, 512)
 
 
-# --- the divergence ---------------------------------------------------------------------------------------------------
 def literal_terms(p, q, beta):
     """Contribution of every vocabulary entry to JSD_beta(p || q), by its definition; the limits at beta 0 and 1."""
     kl, m = lambda a, b: a * (a / b).log(), beta * p + (1 - beta) * q
@@ -102,7 +101,6 @@ def test_opsd_update_is_the_mean_over_generated_tokens_of_the_step(monkeypatch, 
     assert "kl" not in stats and "clipped" not in stats  # it has neither
 
 
-# --- the teacher's prompt ---------------------------------------------------------------------------------------------
 def with_teacher(problems, hint="The answer is {answer}.", model=None):
     args, tokenizer = opsd_args("--hint", hint), tiny_tokenizer()
     model = model or tiny_model("qwen2")
@@ -144,7 +142,6 @@ def test_opsd_flags_that_make_no_sense_are_named(flags, message, capsys):
     assert message in capsys.readouterr().err + str(e.value)
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, model_dir):
     path = tmp_path_factory.mktemp("opsd")
