@@ -1,9 +1,10 @@
 """What the method does, measured with the controls that the paper lacks: makes the tables and figures of RESULTS.md.
 
-    python -m experiments.evidence     recovery and training in both worlds, fewer training arms in the second;
-                                       it continues where it was stopped
-    --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models
-    --all            also other losses, and in the first world longer and shaped training, and training with other draws
+    python -m experiments.evidence     recovery and training, from three base models of the first world and one of the
+                                       second, with fewer training arms there; it continues where it was stopped
+    --worlds toy     one world (toy, toy_words); --seeds 0 1 2: base models of every world
+    --all            also three base models of the second world, other losses, and in the first world longer and shaped
+                     training, and training with other draws
     --tables         runs no stage, counts and draws what is complete
     --write          and puts the tables below "## Tables" of docs/tables.md, the figures beside it
     --quick          a small run of the same code, not for reading
@@ -194,9 +195,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one base model, 16 prompts: to see that it runs")
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS), help="toy worlds")
-    parser.add_argument("--seeds", nargs="+", type=int, help="base models of each world; 0 1 2, with --quick 0")
+    parser.add_argument("--seeds", nargs="+", type=int, help="base models of each world, if not those above")
     parser.add_argument("--out", help="output folder; out/evidence or out/evidence-quick if not given")
-    parser.add_argument("--all", action="store_true", help="more variants and training arms: 40 minutes more")
+    parser.add_argument("--all", action="store_true", help="more of everything: about 75 minutes more")
     parser.add_argument("--tables", action="store_true", help="run no stage: count and draw what is complete")
     parser.add_argument("--write", action="store_true", help="also into docs/")
     return parser.parse_args(argv)
@@ -208,10 +209,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--write: docs/tables.md is not for the figures of --quick")
     head = tables.head_of(results) if args.write else ""
     root = Path(args.out or ("out/evidence-quick" if args.quick else "out/evidence"))
-    size, seeds = QUICK if args.quick else FULL, args.seeds or ([0] if args.quick else [0, 1, 2])
-    bases = {}
+    size, bases = QUICK if args.quick else FULL, {}
     for name in args.worlds:
         world, out = WORLDS[name], root / name
+        seeds = args.seeds or ([0, 1, 2] if not args.quick and (world is toy or args.all) else [0])
         models = base_models(world, out, seeds, make=not args.tables)
         if not args.tables:
             of = {out / f"base{seed}": (seed, model) for seed, model in models.items()}

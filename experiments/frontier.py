@@ -1,7 +1,8 @@
 """Where does it pay to revise, and where to sample? Recovery and training against the base model's hit rate.
 
     python -m experiments.frontier    a part, which `make evidence` runs: recovery, at two rates of the first world
-    --rates 0.001 0 --seeds 0 1       other rates and base models; --worlds toy_words; --train: training as well
+    --rates 0.001 0 --seeds 0 1       other rates and base models; --worlds toy_words; --train: training as well, of all
+                                      arms or of those that are named: --train "GRPO N=8" RFT
     --all                             both worlds, all rates, three base models, training: six hours, estimated
     --quick                           to see that it runs
 
@@ -20,7 +21,7 @@ import torch
 from experiments import demo, evidence, plot, show, style, tables
 from experiments.demo import PROBLEMS, share, wilson_interval
 from experiments.evidence import HINT, LIKELY, REVISE
-from helpers import common
+from helpers import common, training
 
 RATES = {"toy": [0.003, 0.001, 0.0003, 0.0001, 0.0], "toy_words": [0.003, 0.0003]}  # self-correction, unasked
 SLIP = 0.95
@@ -41,8 +42,8 @@ RECOVERY = {
     "answer hint": "-m baselines.hint -n {n} --hint '{hint}'",
     "perturbed prompt": "-m baselines.hint --from perturbed -n {n}"}
 TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py learns from
-    "GRPO N=8": "", "GRPO N=16": "--group-size 16", "DAPO": "--algo dapo",
-    "GRPO+LatentRevise": REVISE,
+    "GRPO N=8": "", "GRPO N=8, lr 1e-4": "--lr 1e-4", "GRPO N=16": "--group-size 16", "DAPO": "--algo dapo",
+    "GRPO+LatentRevise": REVISE, "GRPO+LatentRevise, lr 1e-4": f"{REVISE} --lr 1e-4",
     "GRPO+LatentRevise, likely only": f"{REVISE} {LIKELY}",
     "GRPO+LatentRevise, LUFFY": f"{REVISE} --injected-ratio luffy",
     "GRPO+explore-only": f"{REVISE} {EXPLORE}",
@@ -89,19 +90,19 @@ def recover(world, out: Path, bases: dict, size: dict) -> None:
                     for base, (_, seed) in bases.items() for name, flags in RECOVERY.items()])
 
 
-def train(world, out: Path, bases: dict, size: dict) -> None:
-    """Every arm from every base model on its zero-hit prompts, and pass@k of all on held-out hard problems."""
+def train(world, out: Path, bases: dict, size: dict, arms: list[str]) -> None:
+    """The arms from every base model on its zero-hit prompts, and pass@k of all on held-out hard problems."""
     def command(base: Path, seed: int, arm: str, flags: str) -> str:
         flags = filled(world, flags, size)
-        shared = (f"--model {base}/model --steps {size['steps']} --lr {evidence.LR} --train-tokens 8192 --seed {seed} "
-                  f"--out {base}/train/{tables.slug(arm)}")
+        shared = (f"--model {base}/model --steps {size['steps']} --train-tokens 8192 --seed {seed} "
+                  f"--out {base}/train/{tables.slug(arm)}" + f" --lr {evidence.LR}" * ("--lr" not in flags))
         if flags.endswith(".jsonl"):
             right = any(r["reward"] for r in common.read_jsonl(base / "revise" / flags))
             return f"train_sft.py {shared} --batch-size 64 --data {base}/revise/{flags}" if right else ""
         return evidence.grpo_command(
             flags, f"{shared} --batch-size {size['batch']} --data {base}/rollouts/zero_hit.jsonl")
 
-    runs = {base: {arm: command(base, seed, arm, flags) for arm, flags in TRAINING.items()}
+    runs = {base: {arm: command(base, seed, arm, TRAINING[arm]) for arm in arms}
             for base, (_, seed) in bases.items()}
     demo.run(out, *[c for arms in runs.values() for c in arms.values() if c])
     for base, (_, seed) in bases.items():
@@ -120,7 +121,8 @@ class Base:
         self.failed = {(r["id"], r["sample"]): len(r["response_ids"])
                        for r in common.read_jsonl(folder / "rollouts/rollouts.jsonl")}
         args = argparse.Namespace(model=str(folder / "model"), dtype="float32")
-        self.W = common.load_model(args, torch.device("cpu")).model.get_input_embeddings().weight.detach()
+        self.model = common.load_model(args, torch.device("cpu")).model
+        self.W = self.model.get_input_embeddings().weight.detach()
 
     def complete(self, name: str) -> bool:
         return (self.folder / "revise" / tables.slug(name) / "summary.json").exists()
@@ -129,6 +131,12 @@ class Base:
         """Of one method, with the length of the failed rollout, which fresh samples do not have."""
         return [r | {"failed_tokens": self.failed.get((r["id"], r["sample"]), 0)}
                 for r in demo.first_attempts(self.folder / "revise" / tables.slug(name))]
+
+    @torch.no_grad()
+    def likely(self, r: dict, c: dict) -> bool:
+        """What `--min-logprob -0.5` asks: the mean over the continuation's tokens, after the projected prefix."""
+        rows = [{"prompt_ids": r["prompt_ids"] + r.get("projected_ids", []), "response_ids": c["ids"]}]
+        return float(training.response_logprobs(self.model, rows, entropy=False)[0].mean()) >= float(LIKELY.split()[1])
 
 
 def costs(records: list[dict]) -> tuple[float, float]:
@@ -139,8 +147,8 @@ def costs(records: list[dict]) -> tuple[float, float]:
 
 def read(world, base: Base, budget: float, name: str) -> dict:
     """One method on one base model: for 8 tries, and for as many as `budget` tokens a prompt pay for, counts of
-    prompts recovered and soundly; of the latter also of right tries and sound ones; tokens; `moved` (share of a token's
-    norm) and `kept`."""
+    prompts recovered and soundly; of the latter also by what is likely, and of right tries and sound ones; tokens;
+    `moved` (share of a token's norm) and `kept`."""
     records = base.records(name)
     fixed, each = costs(records)
     most = max(len(r["continuations"]) for r in records)
@@ -148,11 +156,13 @@ def read(world, base: Base, budget: float, name: str) -> dict:
     found = {"n": len(records), "tokens": fixed + 8 * each, "tries": equal,
              "kept": tables.mean([r["kept"] for r in records]),
              "moved": tables.mean([show.moved(base.W, r) for r in records if r["gammas"]])}
+    prompts = lambda sound: (sum(map(bool, sound)), sum(map(any, sound)))
     for label, tries in (("8", 8), ("equal", equal)):
-        right = [[c["response"] for c in r["continuations"][:tries] if c["reward"]] for r in records]
-        sound = [[world.is_sound(base.problems[r["id"]], text) for text in texts] for r, texts in zip(records, right)]
-        found[label] = (sum(map(bool, right)), sum(map(any, sound)))
-    return found | {"sound_right": (sum(map(sum, sound)), sum(map(len, right)))}
+        right = [[(r, c) for c in r["continuations"][:tries] if c["reward"]] for r in records]
+        sound = [[world.is_sound(base.problems[r["id"]], c["response"]) for r, c in pairs] for pairs in right]
+        found[label] = prompts(sound)
+    likely = [[x for x, pair in zip(of, pairs) if base.likely(*pair)] for of, pairs in zip(sound, right)]
+    return found | {"likely": prompts(likely), "sound_right": (sum(map(sum, sound)), sum(map(len, right)))}
 
 
 def hit_rate(base: Path) -> tuple[int, int]:
@@ -163,7 +173,7 @@ def hit_rate(base: Path) -> tuple[int, int]:
 def add(found: list[dict]) -> dict:
     """The same over several base models."""
     pair = lambda key: tuple(map(sum, zip(*(f[key] for f in found))))
-    return {"n": sum(f["n"] for f in found), **{k: pair(k) for k in ("8", "equal", "sound_right")},
+    return {"n": sum(f["n"] for f in found), **{k: pair(k) for k in ("8", "equal", "likely", "sound_right")},
             **{k: tables.mean([f[k] for f in found]) for k in ("tokens", "tries", "kept", "moved")}}
 
 
@@ -196,10 +206,10 @@ def as_text(title: str, rows: list[dict]) -> str:
         text.append(f"#### {title}, self-correction in {100 * row['rate']:g} % of the texts: hit rate {rate:.3f} % "
                     f"[{low:.3f}, {high:.3f}] ({hits} of {samples} samples)\n")
         head = ["", "recovered at 8", "soundly", "tries at equal tokens", "recovered", "soundly",
-                "sound of the right", "tokens at 8", "moved", "kept"]
+                "by what is likely", "soundly", "sound of the right", "tokens at 8", "moved", "kept"]
         text.append(tables.table(head, [
             [name, *(share(k, m["n"]) for k in m["8"]), f"{m['tries']:.0f}", *(share(k, m["n"]) for k in m["equal"]),
-             "{} of {}".format(*m["sound_right"]), f"{m['tokens']:.0f}", f"{m['moved']:.2f}" if m["moved"] else "-",
+             *m["likely"], "{} of {}".format(*m["sound_right"]), f"{m['tokens']:.0f}", f"{m['moved']:.2f}" if m["moved"] else "-",
              f"{m['kept']:.0%}"] for name, m in row["methods"].items()]))
         if row["arms"]:
             head = ["trained on the zero-hit prompts", "bases", "hard @1", "by base model", "hard @32"]
@@ -246,7 +256,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="+", default=["toy"], choices=list(RATES), help="toy worlds")
     parser.add_argument("--rates", nargs="+", type=float, default=[0.003, 0.0003], help="of self-correction, unasked")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="base models of evidence.py")
-    parser.add_argument("--train", action="store_true", help="not recovery alone")
+    parser.add_argument("--train", nargs="*", metavar="ARM", choices=list(TRAINING), help="not recovery alone")
     parser.add_argument("--all", action="store_true", help="everything: both worlds, RATES, seeds 0 1 2, training")
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs")
     parser.add_argument("--tables", action="store_true", help="run no stage: count and draw what is complete")
@@ -266,8 +276,8 @@ def main(args: argparse.Namespace) -> None:
             starts = evidence.base_models(world, Path(args.out).parent / name, seeds)
             bases = adapt(world, out, starts, rates, size)
             recover(world, out, bases, size)
-            if args.train or args.all:
-                train(world, out, bases, size)
+            if args.train is not None or args.all:
+                train(world, out, bases, size, args.train or list(TRAINING))
         found[name] = measure(world, bases)
     text = "\n".join(as_text(name, rows) for name, rows in found.items())
     common.write_atomic(Path(args.out) / "frontier.md", text)

@@ -89,7 +89,7 @@ def test_every_command_is_taken_by_its_stage(tmp_path, monkeypatch):
             (base / "revise" / flags).parent.mkdir(parents=True, exist_ok=True)
             common.append_jsonl(base / "revise" / flags, [{"reward": 1}])
     frontier.recover(toy, tmp_path, bases, size)
-    frontier.train(toy, tmp_path, bases, size)
+    frontier.train(toy, tmp_path, bases, size, list(frontier.TRAINING))
     assert len(commands) == 2 + 1 + len(frontier.RECOVERY) + len(frontier.TRAINING) + 1
     for script, args in map(parsed, commands):
         if "hint" in script and getattr(args, "start", "hint") == "hint":
