@@ -209,8 +209,8 @@ def as_text(title: str, rows: list[dict]) -> str:
                 "by what is likely", "soundly", "sound of the right", "tokens at 8", "moved", "kept"]
         text.append(tables.table(head, [
             [name, *(share(k, m["n"]) for k in m["8"]), f"{m['tries']:.0f}", *(share(k, m["n"]) for k in m["equal"]),
-             *m["likely"], "{} of {}".format(*m["sound_right"]), f"{m['tokens']:.0f}", f"{m['moved']:.2f}" if m["moved"] else "-",
-             f"{m['kept']:.0%}"] for name, m in row["methods"].items()]))
+             *m["likely"], "{} of {}".format(*m["sound_right"]), f"{m['tokens']:.0f}",
+             f"{m['moved']:.2f}" if m["moved"] else "-", f"{m['kept']:.0%}"] for name, m in row["methods"].items()]))
         if row["arms"]:
             head = ["trained on the zero-hit prompts", "bases", "hard @1", "by base model", "hard @32"]
             text.append(tables.table(head, [
