@@ -37,6 +37,7 @@ RECOVERY = {
     "noise, gamma0 0.1": NOISE + " 0.1 --continuations {n}",
     "noise, gamma0 0.2": NOISE + " 0.2 --continuations {n}",
     "noise, gamma0 0.3": NOISE + " 0.3 --continuations {n}",
+    "noise, gamma0 0.3, no projection": NOISE + " 0.3 --projection none --continuations {n}",
     "unmoved prefix": "--revision-steps 0 --continuations {n}",
     "fresh samples": "rollout.py -n {n}",
     "answer hint": "-m baselines.hint -n {n} --hint '{hint}'",
@@ -48,10 +49,13 @@ TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py lea
     "GRPO+LatentRevise, LUFFY": f"{REVISE} --injected-ratio luffy",
     "GRPO+explore-only": f"{REVISE} {EXPLORE}",
     "GRPO+noise": f"{REVISE} {NOISE} 0.3",
+    "GRPO+noise, no projection": f"{REVISE} {NOISE} 0.3 --projection none",
     "GRPO+hint": "-m baselines.train_hint --hint '{hint}'",
     "RFT": "fresh-samples/rollouts.jsonl", "SFT+LatentRevise": "latentrevise/recovered.jsonl",
     "SFT+explore-only": "explore-only--gamma0-0-3/recovered.jsonl",
-    "SFT+noise": "noise--gamma0-0-3/recovered.jsonl", "SFT+hint": "answer-hint/recovered.jsonl"}
+    "SFT+noise": "noise--gamma0-0-3/recovered.jsonl",
+    "SFT+noise, no projection": "noise--gamma0-0-3--no-projection/recovered.jsonl",
+    "SFT+hint": "answer-hint/recovered.jsonl"}
 SHOWN = {"LatentRevise": "LatentRevise", "explore-only, gamma0 0.3": "explore-only", "noise, gamma0 0.3": "noise",
          "fresh samples": "fresh samples", "answer hint": "answer hint"}  # in the figure
 
