@@ -446,7 +446,7 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
     records = []
     for b, ids in enumerate(nearest.split([len(f.r) for f in batch])):
         failed, f, steps = rollouts[b], batch[b], history[b]
-        moved = steps["gaps"] or steps["gammas"]  # one that did not is its own tokens
+        moved = steps["gaps"] or steps["gammas"]  # else: its own ids
         projected = ids.tolist() if moved and args.projection != "none" else f.r
         continuations = judge(policy, failed, f, projected, drawn[last][b], verify, args)
         curve = {i: verdicts(texts(policy, f.r, rows[b]), failed, verify)
@@ -578,7 +578,7 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the words before the gold answer")
     add("--continuations", type=POSITIVE, default=8, help="[Fig. 3] per revised prefix")
     add("--projection", default="inner", choices=["inner", "cosine", "l2", "none"],
-        help="[Eq. 8] inner product; none: the tokens of r, whose moved embeddings c^ came from")
+        help="[Eq. 8] inner product; none: tokens as they were")
     add("--reduction", default="sum", choices=["sum", "mean"],
         help="[Eqs. 2-4] of each loss over its tokens, in L_total; what is logged and the stop are "
              "of sums")

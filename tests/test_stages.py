@@ -248,6 +248,11 @@ def test_the_projection_and_rows_advised_for_real_models_equal_brute_force(world
     assert any(r["kept"] < 1 for r, _ in found)
 
 
+def test_without_projection_a_moved_prefix_keeps_its_tokens(pairs):
+    found = pairs("--projection", "none", "--gamma0", 0.5)  # by which cosine changes some, above
+    assert all(len(r["gammas"]) == 10 and r["projected_ids"] == r["prefix_ids"] for r, _ in found)
+
+
 @pytest.mark.parametrize("passes,tokens,zero,short", [(True, 4, 0, 0), (False, 1, 0, 10)],
                          ids=["no-failure", "one-token"])
 def test_prompts_without_a_rollout_to_revise_leave_empty_files(
@@ -284,23 +289,18 @@ def test_an_untied_qwen3_goes_through_every_stage(tmp_path):
 FORMATS = {
     "math500": ([{"problem": "Write $(0,3)$ in polar form.", "solution": "Easy.", "subject": "Precalculus", "level": 2,
                   "answer": r"\left( 3, \frac{\pi}{2} \right)", "unique_id": "test/a/1.json"},
-                 {"problem": "Name $x$ if $x=p-q$.\n[asy] draw((0,0)--(1,1)); [/asy]", "answer": "p - q",
-                  "unique_id": "test/a/2.json"}],
+                 {"problem": "Name it.\n[asy] draw(1); [/asy]", "answer": "p - q", "unique_id": "test/2.json"}],
                 ["--fields", "unique_id", "problem", "answer"], [r"\left( 3, \frac{\pi}{2} \right)", "p - q"]),
     "aime24": ([{"ID": "2024-I-1", "Problem": "Find $n$.", "Solution": "It is 25.", "Answer": "025"},
                 {"ID": "2024-I-2", "Problem": "Find $m$.", "Solution": "", "Answer": 7}],
                ["--fields", "ID", "Problem", "Answer"], ["025", "7"]),
-    "aime25": ([{"question": "What is the angle?", "answer": r"336^\circ"},
-                {"question": "And the sum?", "answer": "070"}],
+    "aime25": ([{"question": "What is the angle?", "answer": r"336^\circ"}, {"question": "Sum?", "answer": "070"}],
                ["--fields", "id", "question", "answer"], [r"336^\circ", "070"]),
-    "amc23": ([{"id": 0, "question": "How many miles?", "answer": 27.0, "url": "x"},
-               {"id": 1, "question": "And $x+y$?", "answer": 36.0}],
+    "amc23": ([{"id": 0, "question": "How many?", "answer": 27.0}, {"id": 1, "question": "?", "answer": 36.0}],
               ["--fields", "id", "question", "answer"], ["27.0", "36.0"]),
-    "minerva": ([{"question": "What is the power of the star in erg/s?", "answer": "4.5e33"},
-                 {"question": "Give the field.", "answer": r"\frac{2 \pi}{c} \sqrt{I}"}],
+    "minerva": ([{"question": "P?", "answer": "4.5e33"}, {"question": "B?", "answer": r"\frac{2 \pi}{c} \sqrt{I}"}],
                 ["--fields", "id", "question", "answer"], ["4.5e33", r"\frac{2 \pi}{c} \sqrt{I}"]),
-    "olympiadbench": ([{"id": 1606, "problem": "All pairs $(x,y)$?", "answer": "$(1,2),(2,1)$",
-                        "is_multiple_answer": True, "unit": None},
+    "olympiadbench": ([{"id": 1606, "problem": "All?", "answer": "$(1,2),(2,1)$", "unit": None},
                        {"id": 1610, "problem": "All $n$?", "answer": r"$\frac{1}{2 n+2}$,$-1$", "context": None}],
                       [], ["$(1,2),(2,1)$", r"$\frac{1}{2 n+2}$,$-1$"]),
     "dapo": ([{"prompt": WRAPPER.format("How many?\n\nCount twice."), "solution": "34", "data_source": "math_dapo",
