@@ -32,12 +32,14 @@ QUICK = {"hard": 12, "measured": 40, "prompts": 6, "test": 3, "largest": 4, "ste
 EXPLORE, NOISE = "--alpha-guide 0 --gamma0 0.3", "--vertices random --gamma0"
 RECOVERY = {
     "LatentRevise": "--continuations 8",
+    "LatentRevise, likely only": f"--continuations 8 {LIKELY}",
     "LatentRevise, gamma0 0.3": "--continuations 8 --gamma0 0.3",
     "explore-only, gamma0 0.3": EXPLORE + " --continuations {n}",
     "noise, gamma0 0.1": NOISE + " 0.1 --continuations {n}",
     "noise, gamma0 0.2": NOISE + " 0.2 --continuations {n}",
     "noise, gamma0 0.3": NOISE + " 0.3 --continuations {n}",
     "noise, gamma0 0.3, no projection": NOISE + " 0.3 --projection none --continuations {n}",
+    "noise, gamma0 0.3, no projection, likely only": f"{NOISE} 0.3 --projection none {LIKELY} --continuations {{n}}",
     "unmoved prefix": "--revision-steps 0 --continuations {n}",
     "fresh samples": "rollout.py -n {n}",
     "answer hint": "-m baselines.hint -n {n} --hint '{hint}'",
@@ -49,12 +51,14 @@ TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py lea
     "GRPO+LatentRevise, LUFFY": f"{REVISE} --injected-ratio luffy",
     "GRPO+explore-only": f"{REVISE} {EXPLORE}",
     "GRPO+noise": f"{REVISE} {NOISE} 0.3",
-    "GRPO+noise, no projection": f"{REVISE} {NOISE} 0.3 --projection none",
+    "GRPO+noise, no projection, likely only": f"{REVISE} {NOISE} 0.3 --projection none {LIKELY} --continuations 24",
     "GRPO+hint": "-m baselines.train_hint --hint '{hint}'",
     "RFT": "fresh-samples/rollouts.jsonl", "SFT+LatentRevise": "latentrevise/recovered.jsonl",
+    "SFT+LatentRevise, likely only": "latentrevise--likely-only/recovered.jsonl",
     "SFT+explore-only": "explore-only--gamma0-0-3/recovered.jsonl",
     "SFT+noise": "noise--gamma0-0-3/recovered.jsonl",
     "SFT+noise, no projection": "noise--gamma0-0-3--no-projection/recovered.jsonl",
+    "SFT+noise, no projection, likely only": "noise--gamma0-0-3--no-projection--likely-only/recovered.jsonl",
     "SFT+hint": "answer-hint/recovered.jsonl"}
 SHOWN = {"LatentRevise": "LatentRevise", "explore-only, gamma0 0.3": "explore-only", "noise, gamma0 0.3": "noise",
          "fresh samples": "fresh samples", "answer hint": "answer hint"}  # in the figure
