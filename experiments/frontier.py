@@ -45,13 +45,15 @@ RECOVERY = {
     "answer hint": "-m baselines.hint -n {n} --hint '{hint}'",
     "perturbed prompt": "-m baselines.hint --from perturbed -n {n}"}
 TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py learns from
-    "GRPO N=8": "", "GRPO N=8, lr 1e-4": "--lr 1e-4", "GRPO N=16": "--group-size 16", "DAPO": "--algo dapo",
+    "GRPO N=8": "", "GRPO N=8, lr 1e-4": "--lr 1e-4", "GRPO N=16": "--group-size 16",
+    "GRPO N=32": "--group-size 32", "DAPO": "--algo dapo",
     "GRPO+LatentRevise": REVISE, "GRPO+LatentRevise, lr 1e-4": f"{REVISE} --lr 1e-4",
     "GRPO+LatentRevise, likely only": f"{REVISE} {LIKELY}",
     "GRPO+LatentRevise, LUFFY": f"{REVISE} --injected-ratio luffy",
     "GRPO+explore-only": f"{REVISE} {EXPLORE}",
     "GRPO+noise": f"{REVISE} {NOISE} 0.3",
     "GRPO+noise, no projection, likely only": f"{REVISE} {NOISE} 0.3 --projection none {LIKELY} --continuations 24",
+    "GRPO+unmoved prefix, likely only": f"{REVISE} --revision-steps 0 {LIKELY} --continuations 24",
     "GRPO+hint": "-m baselines.train_hint --hint '{hint}'",
     "RFT": "fresh-samples/rollouts.jsonl", "SFT+LatentRevise": "latentrevise/recovered.jsonl",
     "SFT+LatentRevise, likely only": "latentrevise--likely-only/recovered.jsonl",
@@ -61,7 +63,9 @@ TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py lea
     "SFT+noise, no projection, likely only": "noise--gamma0-0-3--no-projection--likely-only/recovered.jsonl",
     "SFT+hint": "answer-hint/recovered.jsonl"}
 SHOWN = {"LatentRevise": "LatentRevise", "explore-only, gamma0 0.3": "explore-only", "noise, gamma0 0.3": "noise",
-         "fresh samples": "fresh samples", "answer hint": "answer hint"}  # in the figure
+         "fresh samples": "fresh samples", "answer hint": "answer hint"}  # in the figure: of recovery, and trained
+SHOWN_ARMS = {"GRPO+LatentRevise": "GRPO+LatentRevise", "GRPO N=8": "GRPO", "RFT": "SFT on right samples",
+              "SFT+noise, no projection, likely only": "SFT on noise's likely ones", "GRPO+hint": "GRPO+hint"}
 
 
 # --- running the stages ----------------------------------------------------------------------------------------------
@@ -230,21 +234,19 @@ def as_text(title: str, rows: list[dict]) -> str:
 def figure(found: dict[str, list[dict]], out: Path) -> None:
     """Soundly recovered at equal tokens, and pass@1 after training, against the measured hit rate."""
     plt = style.load()
-    fig, axes = plt.subplots(1, 2 * len(found), figsize=(9.6 * len(found), 3.0), squeeze=False)
-    for k, (title, rows) in enumerate(found.items()):
+    fig, axes = plt.subplots(len(found), 2, figsize=(9.6, 3.0 * len(found)), squeeze=False)
+    for (title, rows), (left, right) in zip(found.items(), axes):
         x = [100 * max(r["hits"], 0.5) / r["samples"] for r in rows]
-        left, right = axes[0][2 * k:2 * k + 2]
         for (name, label), colour, line in zip(SHOWN.items(), style.COLOURS, style.LINES):
             at = [r["methods"][name] for r in rows]
             left.plot(x, [100 * m["equal"][1] / m["n"] for m in at], "o", linestyle=line, color=colour, label=label)
             band = [[100 * b for b in wilson_interval(m["equal"][1], m["n"])] for m in at]
             left.fill_between(x, *zip(*band), color=colour, alpha=0.12, linewidth=0)
-        for arm, colour, line in zip(("GRPO+LatentRevise", "GRPO N=8", "GRPO+noise", "RFT", "GRPO+hint"), style.COLOURS,
-                                     style.LINES):
-            on = [(a, 100 * tables.mean([tables.mean(v) for v in r["arms"][arm][1]]))
-                  for a, r in zip(x, rows) if arm in r["arms"]]
-            if on:
-                right.plot(*zip(*on), "o", linestyle=line, color=colour, label=arm)
+        for (arm, label), colour, line in zip(SHOWN_ARMS.items(), style.COLOURS, style.LINES):
+            on = [(a, [100 * tables.mean(v) for v in r["arms"][arm][1]]) for a, r in zip(x, rows) if arm in r["arms"]]
+            right.plot([a for a, _ in on], [tables.mean(v) for _, v in on], "o", linestyle=line, color=colour,
+                       label=label)
+            right.vlines([a for a, _ in on], [min(v) for _, v in on], [max(v) for _, v in on], color=colour)
         left.set(title=f"{plot.TITLES[title]}:\nrecovered with right reasoning, %", ylim=(0, None))
         right.set(title="after training on these prompts,\npass@1 on others, %", ylim=(0, None))
         trained = any(r["arms"] for r in rows)
