@@ -3,7 +3,7 @@
     python -m experiments.frontier    a part, which `make evidence` runs: recovery, at two rates of the first world
     --rates 0.001 0 --seeds 0 1       other rates and base models; --worlds toy_words; --train: training as well, of all
                                       arms or of those that are named: --train "GRPO N=8" RFT
-    --all                             both worlds, all rates, three base models, training: six hours, estimated
+    --all                             both worlds, all rates, three base models, training: twelve hours, estimated
     --quick                           to see that it runs
 
 A base model of evidence.py is trained on for a while with texts in which a first pass almost always makes the
@@ -32,18 +32,19 @@ QUICK = {"hard": 12, "measured": 40, "prompts": 6, "test": 3, "largest": 4, "ste
 EXPLORE, NOISE = "--alpha-guide 0 --gamma0 0.3", "--vertices random --gamma0"
 RECOVERY = {
     "LatentRevise": "--continuations 8",
-    "LatentRevise, likely only": f"--continuations 8 {LIKELY}",
     "LatentRevise, gamma0 0.3": "--continuations 8 --gamma0 0.3",
     "explore-only, gamma0 0.3": EXPLORE + " --continuations {n}",
     "noise, gamma0 0.1": NOISE + " 0.1 --continuations {n}",
     "noise, gamma0 0.2": NOISE + " 0.2 --continuations {n}",
     "noise, gamma0 0.3": NOISE + " 0.3 --continuations {n}",
-    "noise, gamma0 0.3, no projection": NOISE + " 0.3 --projection none --continuations {n}",
-    "noise, gamma0 0.3, no projection, likely only": f"{NOISE} 0.3 --projection none {LIKELY} --continuations {{n}}",
     "unmoved prefix": "--revision-steps 0 --continuations {n}",
     "fresh samples": "rollout.py -n {n}",
     "answer hint": "-m baselines.hint -n {n} --hint '{hint}'",
     "perturbed prompt": "-m baselines.hint --from perturbed -n {n}"}
+LEARNED = {  # and what training also learns from
+    "LatentRevise, likely only": f"--continuations 8 {LIKELY}",
+    "noise, gamma0 0.3, no projection": NOISE + " 0.3 --projection none --continuations {n}",
+    "noise, gamma0 0.3, no projection, likely only": f"{NOISE} 0.3 --projection none {LIKELY} --continuations {{n}}"}
 TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py learns from
     "GRPO N=8": "", "GRPO N=8, lr 1e-4": "--lr 1e-4", "GRPO N=16": "--group-size 16",
     "GRPO N=32": "--group-size 32", "DAPO": "--algo dapo",
@@ -96,10 +97,10 @@ def filled(world, flags: str, size: dict) -> str:
     return flags.replace("{template}", world.TEMPLATE).replace("{hint}", hint).replace("{n}", str(size["largest"]))
 
 
-def recover(world, out: Path, bases: dict, size: dict) -> None:
+def recover(world, out: Path, bases: dict, size: dict, methods: dict[str, str]) -> None:
     demo.run(out, *[evidence.recovery_command(world, base, name, filled(world, flags, size), f"{base}/model",
                                               seed + 2000)
-                    for base, (_, seed) in bases.items() for name, flags in RECOVERY.items()])
+                    for base, (_, seed) in bases.items() for name, flags in methods.items()])
 
 
 def train(world, out: Path, bases: dict, size: dict, arms: list[str]) -> None:
@@ -197,7 +198,7 @@ def measure(world, bases: dict) -> list[dict]:
         read_bases = [Base(folder) for folder in of]
         budgets = [fixed + 8 * each for fixed, each in (costs(b.records("LatentRevise")) for b in read_bases)]
         methods = {name: add([read(world, *pair, name) for pair in zip(read_bases, budgets)])
-                   for name in RECOVERY if all(b.complete(name) for b in read_bases)}
+                   for name in RECOVERY | LEARNED if all(b.complete(name) for b in read_bases)}
         hits, samples = map(sum, zip(*map(hit_rate, of)))
         arms = {}
         for arm in ("base", *TRAINING):
@@ -285,8 +286,9 @@ def main(args: argparse.Namespace) -> None:
         else:
             starts = evidence.base_models(world, Path(args.out).parent / name, seeds)
             bases = adapt(world, out, starts, rates, size)
-            recover(world, out, bases, size)
-            if args.train is not None or args.all:
+            trained = args.train is not None or args.all
+            recover(world, out, bases, size, RECOVERY | LEARNED if trained else RECOVERY)
+            if trained:
                 train(world, out, bases, size, args.train or list(TRAINING))
         found[name] = measure(world, bases)
     text = "\n".join(as_text(name, rows) for name, rows in found.items())

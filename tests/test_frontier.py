@@ -88,9 +88,9 @@ def test_every_command_is_taken_by_its_stage(tmp_path, monkeypatch):
         if flags.endswith(".jsonl"):
             (base / "revise" / flags).parent.mkdir(parents=True, exist_ok=True)
             common.append_jsonl(base / "revise" / flags, [{"reward": 1}])
-    frontier.recover(toy, tmp_path, bases, size)
+    frontier.recover(toy, tmp_path, bases, size, frontier.RECOVERY | frontier.LEARNED)
     frontier.train(toy, tmp_path, bases, size, list(frontier.TRAINING))
-    assert len(commands) == 2 + 1 + len(frontier.RECOVERY) + len(frontier.TRAINING) + 1
+    assert len(commands) == 2 + 1 + len(frontier.RECOVERY | frontier.LEARNED) + len(frontier.TRAINING) + 1
     for script, args in map(parsed, commands):
         if "hint" in script and getattr(args, "start", "hint") == "hint":
             assert args.hint.replace("{answer}", "72") == " So the answer is \\boxed{72}. Check your work."
