@@ -345,7 +345,7 @@ def answer_ids(tokenizer, template: str, answer: str) -> tuple[list[int], list[i
 def cut(response_ids: list[int], rho: float) -> int:
     """|r| = floor(rho * tokens), end-of-sequence included; 0: the rollout is too short to cut."""
     n = math.floor(rho * len(response_ids) + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    return max(0, min(n, len(response_ids) - 1))  # c is never empty, however close to 1 rho is
+    return max(0, min(n, len(response_ids) - 1))  # c is never empty
 
 
 def failure_of(policy: Policy, failed: dict, args: argparse.Namespace) -> Failure:
@@ -441,13 +441,13 @@ def revise_batch(policy: Policy, rollouts: list[dict], args: argparse.Namespace,
     prefixes, history = revise(policy, batch, allowed, args, seed,
                                {*range(0, last, every)} if every else set())
     drawn = {i: decode_from(policy, batch, E, args, seed) for i, E in prefixes.items()}
-    nearest = best_rows(prefixes[last], W, allowed, args.projection)  # Eq. (8)
+    nearest = (torch.tensor([i for f in batch for i in f.r]) if args.projection == "none"
+               else best_rows(prefixes[last], W, allowed, args.projection))  # Eq. (8)
 
     records = []
     for b, ids in enumerate(nearest.split([len(f.r) for f in batch])):
         failed, f, steps = rollouts[b], batch[b], history[b]
-        moved = steps["gaps"] or steps["gammas"]  # else: its own ids
-        projected = ids.tolist() if moved and args.projection != "none" else f.r
+        projected = ids.tolist() if steps["gaps"] or steps["gammas"] else f.r  # unmoved
         continuations = judge(policy, failed, f, projected, drawn[last][b], verify, args)
         curve = {i: verdicts(texts(policy, f.r, rows[b]), failed, verify)
                  for i, rows in drawn.items() if i != last}
@@ -578,7 +578,7 @@ def add_revision_args(parser: argparse.ArgumentParser) -> None:
     add("--template", default=TEMPLATE, help="[Sec. 3.3] c_tmpl, the words before the gold answer")
     add("--continuations", type=POSITIVE, default=8, help="[Fig. 3] per revised prefix")
     add("--projection", default="inner", choices=["inner", "cosine", "l2", "none"],
-        help="[Eq. 8] inner product; none: tokens as they were")
+        help="[Eq. 8] inner product; none: r as it was")
     add("--reduction", default="sum", choices=["sum", "mean"],
         help="[Eqs. 2-4] of each loss over its tokens, in L_total; what is logged and the stop are "
              "of sums")

@@ -118,7 +118,8 @@ def first_attempts(folder: Path) -> list[dict]:
         return list(seen.values())
     for r in common.read_jsonl(folder / "rollouts.jsonl"):
         fresh = seen.setdefault(r["id"], r | {"losses": [], "gaps": [], "gammas": [], "vertices": [], "passes": 0,
-                                              "kept": 1.0, "prefix_ids": [], "continuations": []})
+                                              "kept": 1.0, "prefix_ids": [], "projected_ids": [],
+                                              "continuations": []})
         fresh["continuations"].append({k: r[k] for k in ("response", "finish", "reward")} | {"ids": r["response_ids"]})
     return [r | {"recovered": any(c["reward"] for c in r["continuations"])} for r in seen.values()]
 

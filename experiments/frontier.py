@@ -21,7 +21,7 @@ import torch
 from experiments import demo, evidence, plot, show, style, tables
 from experiments.demo import PROBLEMS, share, wilson_interval
 from experiments.evidence import HINT, LIKELY, REVISE
-from helpers import common, training
+from helpers import common
 
 RATES = {"toy": [0.003, 0.001, 0.0003, 0.0001, 0.0], "toy_words": [0.003, 0.0003]}  # self-correction, unasked
 SLIP = 0.95
@@ -66,7 +66,7 @@ TRAINING = {  # flags of train_grpo.py, another script, or what train_sft.py lea
 SHOWN = {"LatentRevise": "LatentRevise", "explore-only, gamma0 0.3": "explore-only", "noise, gamma0 0.3": "noise",
          "fresh samples": "fresh samples", "answer hint": "answer hint"}  # in the figure: of recovery, and trained
 SHOWN_ARMS = {"GRPO+LatentRevise": "GRPO+LatentRevise", "GRPO N=8": "GRPO", "RFT": "SFT on right samples",
-              "SFT+noise, no projection, likely only": "SFT on noise's likely ones", "GRPO+hint": "GRPO+hint"}
+              "GRPO+noise, no projection, likely only": "GRPO+noise, unprojected", "GRPO+hint": "GRPO+hint"}
 
 
 # --- running the stages ----------------------------------------------------------------------------------------------
@@ -145,11 +145,10 @@ class Base:
         return [r | {"failed_tokens": self.failed.get((r["id"], r["sample"]), 0)}
                 for r in demo.first_attempts(self.folder / "revise" / tables.slug(name))]
 
-    @torch.no_grad()
     def likely(self, r: dict, c: dict) -> bool:
         """What `--min-logprob -0.5` asks: the mean over the continuation's tokens, after the projected prefix."""
-        rows = [{"prompt_ids": r["prompt_ids"] + r.get("projected_ids", []), "response_ids": c["ids"]}]
-        return float(training.response_logprobs(self.model, rows, entropy=False)[0].mean()) >= float(LIKELY.split()[1])
+        x = self.W[torch.tensor(r["prompt_ids"] + r["projected_ids"])]
+        return tables.mean(tables.logprobs_after(self.model, x, c["ids"])) >= float(LIKELY.split()[1])
 
 
 def costs(records: list[dict]) -> tuple[float, float]:
@@ -235,7 +234,7 @@ def as_text(title: str, rows: list[dict]) -> str:
 def figure(found: dict[str, list[dict]], out: Path) -> None:
     """Soundly recovered at equal tokens, and pass@1 after training, against the measured hit rate."""
     plt = style.load()
-    fig, axes = plt.subplots(len(found), 2, figsize=(9.6, 3.0 * len(found)), squeeze=False)
+    fig, axes = plt.subplots(len(found), 2, figsize=(9.6, 3.0 * len(found)), sharex="row", squeeze=False)
     for (title, rows), (left, right) in zip(found.items(), axes):
         x = [100 * max(r["hits"], 0.5) / r["samples"] for r in rows]
         for (name, label), colour, line in zip(SHOWN.items(), style.COLOURS, style.LINES):
